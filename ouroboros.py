@@ -1,0 +1,294 @@
+"""Ouroboros: a pretrained decoder with one layer looped, whose weights a Controller changes for every input and step.
+
+    ids [B,T] -> embed -> prelude -> h
+    for t in 0 .. depth-1:
+        m_t   = Controller(pool(h), t)                                      # 7 diagonals of length r
+        h_new = StepNorm_t( Layer(h; W_k + (alpha/r) B_k diag(m_t,k) A_k) )    # k: one of the 7 projections
+        g     = sigmoid(W_g [h_new; h] + b_g)
+        h     = g * h_new + (1 - g) * h
+    h -> coda -> final norm -> lm head -> logits [B,T,V]
+
+The pretrained layers and the bases A, B are frozen; Controller, gate and step norm are trained (arXiv 2604.02051).
+Trained weights are float32. They are cast to the type of the state where they are used, so bf16 needs no autocast.
+
+Continue a prompt with a trained run: python ouroboros.py runs/NAME --prompt "..."
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from qwen import (PROJECTIONS, LanguageModel, Parser, Qwen, UserError, exit_on_user_error, load_tokenizer,
+                  open_safetensors, pick_device, plain, promote, read_json, replace_file, rms_norm)
+
+MAX_STEPS = 64  # rows of the step embedding, of the static table and of the step norm
+OWN = ("lora", "controller", "gate", "step_norm")  # the parts of the model that are not the base's
+
+# ---- The parts -------------------------------------------------------------------------------------------------------
+def svd_bases(residual, rank: int):
+    """The best rank-r factors of a residual R [out, in]: A [r, in], its top right singular vectors, and B [out, r],
+    the left ones times their singular values, so that B A is R in its r strongest directions.
+    The eigenvectors of the smaller Gram matrix are the singular vectors of that side, in a fraction of a full SVD's
+    time. B = R A^T from the same A makes the free signs harmless."""
+    R = promote(residual.cpu() if residual.is_mps else residual)  # eigh has no MPS kernel in most versions of torch
+    tall = R.shape[0] >= R.shape[1]
+    _, vectors = torch.linalg.eigh(R.T @ R if tall else R @ R.T)  # eigenvalues ascend
+    top = vectors[:, -rank:].flip(1)
+    A = top.T if tall else torch.linalg.qr(R.T @ top).Q.T  # R^T u = sigma v: normalised, in order, orthogonal
+    return A.contiguous(), R @ A.T
+
+class SVDLoRA(nn.Module):
+    """The modulated part of one projection: (alpha/r) B diag(m) A x. x [B, T, in], m [.., r] -> [B, T, out]"""
+    def __init__(self, A, B, alpha: float):
+        super().__init__()
+        self.register_buffer("A", A)
+        self.register_buffer("B", B)
+        self.scale = alpha / len(A)
+
+    def forward(self, x, m):
+        return F.linear(F.linear(x, self.A) * (self.scale * m), self.B)
+
+class Linear(nn.Linear):
+    """A float32 weight that computes in the type of its input."""
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+class Controller(nn.Module):
+    """The hypernetwork: pooled state [B, T or 1, d] and step t -> 7 diagonals, each [B, T or 1, r].
+    pooled -> 2s, joined with the embedding of t (s), -> 2s -> s with SiLU after each, -> one head s -> r a projection.
+    The heads are zero at the start: no modulation."""
+    def __init__(self, d: int, rank: int, s: int = 128):
+        super().__init__()
+        self.pooled = Linear(d, 2 * s)
+        self.step = nn.Embedding(MAX_STEPS, s)
+        self.trunk = nn.Sequential(Linear(3 * s, 2 * s), nn.SiLU(), Linear(2 * s, s), nn.SiLU())
+        self.heads = Linear(s, len(PROJECTIONS) * rank, bias=False)  # the seven, side by side
+        nn.init.zeros_(self.heads.weight)
+
+    def forward(self, pooled, t: int):
+        p = F.silu(self.pooled(pooled))
+        e = self.step.weight[t].to(p.dtype).expand(*p.shape[:-1], -1)
+        m = self.heads(self.trunk(torch.cat([p, e], dim=-1)))
+        return m.unflatten(-1, (len(PROJECTIONS), -1)).unbind(-2)
+
+class StaticModulation(nn.Module):
+    """The baseline without an input: a learned table [64, 7, r], zero at the start -> 7 diagonals, each [r]."""
+    def __init__(self, rank: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(MAX_STEPS, len(PROJECTIONS), rank))
+
+    def forward(self, h, t: int):
+        return self.table[t].to(h.dtype).unbind()
+
+class Gate(nn.Module):
+    """g = sigmoid(W_g [h_new; h] + b_g); g * h_new + (1 - g) * h, per channel. [B, T, d] twice -> [B, T, d]
+    W_g = 0 and b_g = -2 at the start: sigmoid(-2) = 0.12, so 88% of the old state stays."""
+    def __init__(self, d: int):
+        super().__init__()
+        self.linear = Linear(2 * d, d)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, -2.0)
+
+    def forward(self, h_new, h):
+        g = torch.sigmoid(self.linear(torch.cat([h_new, h], dim=-1)))
+        return g * h_new + (1 - g) * h
+
+class StepNorm(nn.Module):
+    """RMSNorm with a weight of its own for each step t, ones at the start. [B, T, d] -> [B, T, d]"""
+    def __init__(self, d: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(MAX_STEPS, d)), eps
+
+    def forward(self, h, t: int):
+        return rms_norm(h, self.weight[t], self.eps)
+
+def prefix_mean(h, t: int, cache=None):
+    """pool(h): for every position, the mean over it and all before it. [B, T, d] -> [B, T, d]
+    Causal, and generation keeps only a running sum; in float32, since in bf16 such a sum stops growing."""
+    past, seen = cache.sums.get(t, (0, 0)) if cache else (0, 0)
+    sums = past + promote(h).cumsum(dim=1)
+    counts = torch.arange(seen + 1, seen + h.shape[1] + 1, device=h.device)[:, None]
+    if cache:
+        cache.sums[t] = sums[:, -1:], seen + h.shape[1]
+    return (sums / counts).to(h.dtype)
+
+def sequence_mean(h, t: int, cache=None):
+    """The published pool(h): one mean for all, so that every position sees the future. [B, T, d] -> [B, 1, d]"""
+    return promote(h).mean(dim=1, keepdim=True).to(h.dtype)
+
+POOLS = {"prefix": prefix_mean, "sequence": sequence_mean}
+MODULATIONS = ("controller", "static", "none")
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+def default_cut(layers: int) -> tuple[int, int, int]:
+    """(prelude, recurrent, coda) for a model of so many layers, in the proportions of the paper's 8/18/8 of 36."""
+    return round(layers * 8 / 36), layers // 2, round(layers * 8 / 36)
+
+class Ouroboros(LanguageModel):
+    """The looped model on a pretrained Qwen, whose layers it shares and freezes.
+    prelude, coda: how many first and last layers stay; recurrent: index of the looped one (paper: 8, 18, 8 of 36; by
+    default in that proportion). rank, alpha: of the SVD LoRA. depth: steps of the loop. modulation: controller,
+    static or none; pool: prefix (causal) or sequence (as published); gate, step_norm: the ablation switches.
+    bases: the seven (A, B), where they are known; then the removed layers are not needed.
+    Raises UserError for a cut that leaves nothing before, after or in between, a rank above a projection's width,
+    a depth outside 1..64 or an unknown switch."""
+    def __init__(self, qwen: Qwen, prelude=None, recurrent=None, coda=None, rank=32, alpha=16.0, depth=8,
+                 modulation="controller", pool="prefix", gate=True, step_norm=True, bases=None):
+        super().__init__()
+        L, d, eps = len(qwen.layers), qwen.config.hidden_size, qwen.config.rms_norm_eps
+        prelude, recurrent, coda = (c if x is None else x for x, c in zip((prelude, recurrent, coda), default_cut(L)))
+        if not (prelude >= 1 and coda >= 1 and prelude <= recurrent < L - coda and L - coda - prelude > 1):
+            raise UserError(f"prelude {prelude}, recurrent {recurrent}, coda {coda} is no cut of {L} layers: keep one "
+                            "before and after, the recurrent one (counted from 0) between them, and let some go")
+        if not 1 <= depth <= MAX_STEPS:
+            raise UserError(f"depth {depth}: train with 1 to {MAX_STEPS} steps")
+        if modulation not in MODULATIONS or pool not in POOLS:
+            raise UserError(f"modulation {modulation!r}, pool {pool!r}: use one of {MODULATIONS} and of {tuple(POOLS)}")
+        self.settings = dict(prelude=prelude, recurrent=recurrent, coda=coda, rank=rank, alpha=alpha, depth=depth,
+                             modulation=modulation, pool=pool, gate=gate, step_norm=step_norm)
+        self.config, self.source, self.layers, self.depth = qwen.config, qwen.source, L, depth
+
+        # Frozen: the kept layers and the bases of what was removed.
+        self.embed_tokens, self.norm, self.lm_head = qwen.embed_tokens, qwen.norm, qwen.lm_head
+        self.prelude, self.recurrent, self.coda = qwen.layers[:prelude], qwen.layers[recurrent], qwen.layers[L - coda :]
+        self.requires_grad_(False)
+        if modulation != "none":
+            removed = [layer for i, layer in enumerate(qwen.layers) if prelude <= i < L - coda and i != recurrent]
+            bases = bases or self.residual_bases(removed, rank)
+            self.lora = nn.ModuleList(SVDLoRA(A, B, alpha) for A, B in bases)
+
+        # Trained, in float32.
+        self.controller, self.pool = None, None
+        if modulation == "controller":
+            self.controller, self.pool = Controller(d, rank), POOLS[pool]
+        elif modulation == "static":
+            self.controller = StaticModulation(rank)
+        self.cacheable = self.pool is not sequence_mean  # where a new token changes what all earlier ones gave
+        self.gate = Gate(d) if gate else None
+        self.step_norm = StepNorm(d, eps) if step_norm else None
+        self.to(self.embed_tokens.weight.device)
+
+    def residual_bases(self, removed, rank: int):
+        """(A_k, B_k) of R_k = mean over the removed layers of W_k, minus the recurrent layer's W_k; k = 1..7."""
+        bases = []
+        for name in PROJECTIONS:
+            W = self.recurrent.get_submodule(name).weight
+            if not 1 <= rank <= min(W.shape):
+                raise UserError(f"rank {rank} does not fit {name}, whose smaller side is {min(W.shape)}: at most that")
+            mean = sum(promote(layer.get_submodule(name).weight) for layer in removed) / len(removed)
+            bases.append([factor.to(W) for factor in svd_bases(mean - promote(W), rank)])
+        return bases
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def hidden(self, ids, depth=None, cache=None):
+        """ids [B, T] -> normalised last hidden state [B, T, d]. depth: steps of the loop; default: the model's own."""
+        if (depth := self.depth if depth is None else depth) < 1:
+            raise UserError(f"depth {depth}: the loop takes at least one step")
+        rotary, caches = self.start(ids, cache)
+        with torch.no_grad():  # nothing is trained up to here, so no graph is kept
+            h = self.embed_tokens(ids)
+            for layer in self.prelude:
+                h = layer(h, rotary, next(caches))
+        for t in range(depth):
+            h = self.loop_step(h, t, rotary, next(caches), cache)
+        for layer in self.coda:
+            h = layer(h, rotary, next(caches))
+        return self.norm(h)
+
+    def loop_step(self, h, t: int, rotary, kv=None, cache=None):
+        """One turn of the loop, the equations at the head of this file. [B, T, d] -> [B, T, d]"""
+        s = min(t, self.depth - 1)  # past the trained depth, the last trained step's embedding and norm go on
+        project = plain
+        if self.controller is not None:
+            m = self.controller(self.pool(h, t, cache) if self.pool else h, s)
+
+            def project(projection, x, k):
+                return projection(x) + self.lora[k](x, m[k])
+
+        h_new = self.recurrent(h, rotary, kv, project)
+        if self.step_norm is not None:
+            h_new = self.step_norm(h_new, s)
+        return self.gate(h_new, h) if self.gate is not None else h_new
+
+    @torch.no_grad()
+    def cut(self, ids):
+        """The cut baseline: prelude, the recurrent layer once as it is, coda. ids [B, T] -> logits [B, T, V]"""
+        h, (rotary, _) = self.embed_tokens(ids), self.start(ids)
+        for layer in [*self.prelude, self.recurrent, *self.coda]:
+            h = layer(h, rotary)
+        return self.head(self.norm(h))
+
+    def save(self, folder):
+        """Write the trained weights and the bases (ouroboros.safetensors) and every switch (config.json)."""
+        config = {"base": self.source, "fingerprint": self.fingerprint(), "layers": self.layers, **self.settings}
+        tensors = {name: t for name, t in self.state_dict().items() if name.split(".")[0] in OWN}
+        replace_file(Path(folder) / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+        replace_file(Path(folder) / "ouroboros.safetensors", lambda path: save_file(tensors, path))
+
+    @classmethod
+    def load(cls, folder, base=None, dtype=torch.float32, device="cpu") -> "Ouroboros":
+        """The model that save wrote. Only the kept layers of its base are read (base: where it lies now, if it moved).
+        Raises UserError if the folder is damaged or the base is another model than the one it was trained on."""
+        config = read_json(Path(folder) / "config.json")
+        with open_safetensors(Path(folder) / "ouroboros.safetensors") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            saved_base, fingerprint, L = (config.pop(key) for key in ("base", "fingerprint", "layers"))
+            kept = [*range(config["prelude"]), config["recurrent"], *range(L - config["coda"], L)]
+            qwen = Qwen.from_pretrained(base or saved_base, dtype, device, layers=kept)
+            if len(qwen.layers) != L:
+                raise KeyError(f"{L} layers")
+            bases = [[tensors[f"lora.{k}.{x}"].to(device, dtype) for x in "AB"]
+                     for k in range(7) if config["modulation"] != "none"]
+            model = cls(qwen, bases=bases, **config)
+            if {*model.load_state_dict(tensors, strict=False).missing_keys} & model.trained_parameters().keys():
+                raise KeyError("trained weights")
+        except (KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(f"{folder}: no folder of a run, or damaged, or not on this base ({error})") from None
+        if model.fingerprint() != fingerprint:
+            raise UserError(f"{base or saved_base} is not that model, {saved_base}, on which {folder} was trained")
+        return model
+
+    def fingerprint(self) -> str:
+        """A hash of values from every frozen tensor of the base, the same for each type and device it is loaded in."""
+        digest = hashlib.sha256()
+        for name, p in self.named_parameters():
+            if not p.requires_grad:
+                sample = p.detach().flatten()[:: max(1, p.numel() // 1024)].to("cpu", torch.bfloat16).contiguous()
+                digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+def main():
+    parser = Parser(description="Continue a prompt with a trained run.")
+    option = parser.add_argument
+    option("run", help="folder that train.py wrote, such as runs/NAME")
+    option("--prompt", required=True, help="text to continue")
+    option("--max-new-tokens", type=int, default=100)
+    option("--temperature", type=float, default=0.0, help="0: the likeliest token each time (default)")
+    option("--depth", type=int, help="steps of the loop (default: as trained)")
+    option("--base", help="where the base model lies, if it moved")
+    option("--device", default="auto", help="cuda, mps or cpu (default: the first of these there is)")
+    option("--seed", type=int, default=0, help="for temperatures above 0")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    device, dtype = pick_device(args.device)
+    model = Ouroboros.load(args.run, args.base, dtype, device)
+    tokenizer = load_tokenizer(args.base or model.source)
+    prompt = args.prompt.encode("utf-8", "replace").decode()
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if not ids:
+        raise UserError("--prompt is empty; give at least one character")
+    out = model.generate(torch.tensor([ids], device=device), args.max_new_tokens, args.temperature, depth=args.depth)
+    print(tokenizer.decode(out[0].tolist()))
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
