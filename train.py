@@ -1,0 +1,302 @@
+"""Train an Ouroboros: python train.py --depth 8 --rank 32
+
+On a CUDA GPU: Qwen2.5-3B on FineWeb-Edu with the paper's recipe. Without one: the built-in tiny model on the Python
+source code of this machine, in a few minutes. Everything a run leaves is in runs/NAME.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from data import SOURCES, Batches, cache_folder, open_source
+from ouroboros import MODULATIONS, POOLS, Ouroboros
+from qwen import (BUILT_IN, Parser, Qwen, UserError, cross_entropy, exit_on_user_error, load_tokenizer, locate,
+                  open_safetensors, pick_device, read_json, replace_file)
+
+# What suits the model at hand; the command line has the last word. "paper": its own recipe, 1,000 of its 18,750 steps.
+NAMES = ("steps", "seq_len", "batch_size", "accumulation", "lr", "norm_lr_scale", "warmup", "eval_sequences")
+PRESETS = {"tiny": (650, 256, 4, 1, 2e-3, 50.0, 20, 64),
+           "cpu": (60, 256, 4, 1, 1e-3, 50.0, 6, 16),
+           "paper": (1000, 2048, 2, 16, 3e-4, 1.0, 50, 32)}
+EVALUATION_SEED = 2**32  # evaluation reads in an order of its own, which no --seed gives
+
+def parse_arguments():
+    p = Parser(description="Train the looped model on a frozen pretrained decoder. Paper: arXiv 2604.02051. "
+               "Default: Qwen/Qwen2.5-3B on fineweb-edu with a CUDA GPU, else tiny on python.")
+    g = p.add_argument_group("what is trained").add_argument
+    g("--depth", type=int, default=8, help="steps of the loop (8; paper: 1, 4, 8, 16)")
+    g("--rank", type=int, default=32, help="rank of the SVD LoRA (32, as the paper)")
+    g("--alpha", type=float, default=16.0, help="its scale is alpha / rank (16, as the paper)")
+    g("--modulation", choices=MODULATIONS, default="controller", help="what makes the diagonals (controller)")
+    g("--pool", choices=tuple(POOLS), default="prefix",
+      help="what the Controller sees: the prefix, or the whole sequence as in the paper, future included (prefix)")
+    g("--no-gate", dest="gate", action="store_false", help="h = StepNorm(Layer(h)), without the gated mix")
+    g("--no-step-norm", dest="step_norm", action="store_false", help="without the RMSNorm per step")
+    g("--prelude", type=int, help="layers kept at the start (8/36 of them; paper: 8 of 36)")
+    g("--recurrent", type=int, help="index of the looped layer (the middle one; paper: 18 of 36)")
+    g("--coda", type=int, help="layers kept at the end (8/36 of them; paper: 8 of 36)")
+    g = p.add_argument_group("on what").add_argument
+    g("--model", help="folder or Hub name of a Qwen2.5 checkpoint, or tiny")
+    g("--data", help="python, fineweb-edu, or a .txt / .jsonl / .jsonl.gz file or a folder of them")
+    g("--target-offset", type=int, choices=(1, 2), default=1,
+      help="1: the next token; 2: the one after it, on which the released code trains (1)")
+    g = p.add_argument_group("how (default: by model and device; the paper's value in brackets)").add_argument
+    g("--steps", type=int, help="optimizer steps (18,750)")
+    g("--seq-len", type=int, help="tokens in a sequence (2048)")
+    g("--batch-size", type=int, help="sequences in a forward (2)")
+    g("--accumulation", type=int, help="forwards to an optimizer step (16)")
+    g("--lr", type=float, help="learning rate after the warm-up (3e-4); then a cosine to zero")
+    g("--norm-lr-scale", type=float, help="how many times faster the step norm learns, which starts at 1 (1)")
+    g("--warmup", type=int, help="optimizer steps of linear warm-up, at most half of all")
+    g("--weight-decay", type=float, default=0.01, help="of AdamW (0.01)")
+    g("--clip", type=float, default=1.0, help="largest gradient norm (1.0)")
+    g("--seed", type=int, default=0, help="of the first weights and of the order of the data (0 by default)")
+    g = p.add_argument_group("where and how often").add_argument
+    g("--device", default="auto", help="cuda, mps or cpu (the first of these there is)")
+    g("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of what is frozen (by hardware)")
+    g("--out", type=Path, help="folder of the run (runs/MODEL-depth8-rank32, numbered if it is taken)")
+    g("--eval-every", type=int, help="steps between held-out losses (a fifth of the run)")
+    g("--eval-sequences", type=int, help="sequences in each evaluation (64 for tiny)")
+    g("--save-every", type=int, default=100, help="steps between checkpoints (100)")
+    g = p.add_argument_group("instead of a new run").add_mutually_exclusive_group().add_argument
+    g("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped, as it was started")
+    g("--eval", type=Path, metavar="RUN", help="only evaluate a run; with --data on other text than its own")
+    args = p.parse_args()
+    for name, value in vars(args).items():  # a seed and a weight decay may be 0
+        zero = value == 0 and name in ("seed", "weight_decay")
+        if type(value) in (int, float) and not zero and not 0 < value < EVALUATION_SEED:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number above 0 and below 2^32")
+
+    if run := args.resume or args.eval:  # the run's own arguments; where to compute and evaluate may be another
+        free = {"resume", "eval", "out", "device"} | ({"data"} if args.eval else set())
+        if changed := [n for n in vars(args) if n not in free - {"out"} and getattr(args, n) != p.get_default(n)]:
+            raise UserError(f"--{changed[0].replace('_', '-')} cannot change: {run} keeps the arguments it began with")
+        saved = read_json(run / "args.json")
+        if missing := vars(args).keys() - free - saved.keys():
+            raise UserError(f"{run}/args.json: {min(missing)} is missing; is this the folder of a run?")
+        here = {"device": args.device, "resume": args.resume, "eval": args.eval, "out": run}
+        return argparse.Namespace(**saved | here | ({"data": args.data} if args.data else {}))
+    on_cuda = pick_device(args.device)[0].type == "cuda"
+    args.model = args.model or ("Qwen/Qwen2.5-3B" if on_cuda else "tiny")
+    args.data = args.data or ("fineweb-edu" if on_cuda else "python")
+    for name, own in (("model", BUILT_IN), ("data", SOURCES)):  # a run must find its files from any folder
+        value = getattr(args, name)
+        setattr(args, name, str(Path(value).resolve()) if Path(value).exists() and value not in own else value)
+    if args.out and args.out.exists():
+        raise UserError(f"{args.out}: is there already, and nothing saved is overwritten; choose another --out")
+    for name, value in zip(NAMES, PRESETS["tiny" if args.model == "tiny" else "paper" if on_cuda else "cpu"]):
+        setattr(args, name, getattr(args, name) or value)
+    args.warmup = min(args.warmup, max(1, args.steps // 2))
+    args.eval_every = args.eval_every or max(1, args.steps // 5)
+    return args
+
+# ---- The loop --------------------------------------------------------------------------------------------------------
+def schedule(step: int, args) -> float:
+    """The share of --lr at a step: linear warm-up, then a cosine that reaches zero after the last step taken."""
+    done = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
+    return min((step + 1) / args.warmup, 0.5 * (1 + math.cos(math.pi * done)))
+
+def train(model: Ouroboros, batches: Batches, held_out: Batches, args, device) -> bool:
+    """Train and leave the checkpoints and log.jsonl in args.out. False if Ctrl-C ended it early."""
+    parameters = model.trained_parameters()
+    groups = [{"params": [p for name, p in parameters.items() if name.startswith("step_norm") == norm], "scale": scale}
+              for norm, scale in ((False, 1.0), (True, args.norm_lr_scale))]
+    fused, decay = device.type == "cuda", args.weight_decay
+    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=decay, fused=fused)
+    done = load_checkpoint(args.out, model, optimizer) if args.resume else 0
+    per_step = args.batch_size * args.accumulation
+    stop = []  # the first Ctrl-C lets the step finish, a second one leaves at once
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
+    with open(args.out / "log.jsonl", "a") as log, tqdm(initial=done, total=args.steps, unit="step") as bar:
+        for step in range(done, args.steps):
+            started, loss = time.perf_counter(), torch.zeros((), device=device)
+            rate = args.lr * schedule(step, args)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            for i in range(args.accumulation):
+                ids, targets = batches.batch(step * per_step + i * args.batch_size, args.batch_size)
+                part = model.loss(ids.to(device), targets.to(device)) / args.accumulation
+                part.backward()
+                loss += part.detach()
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            row = {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": rate,
+                   "tokens_per_s": round(per_step * args.seq_len / (time.perf_counter() - started))}
+            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+                row["held_out"] = evaluate(model, held_out, args, device)
+                bar.write(f"step {step + 1}: held-out loss {row['held_out']:.3f}")
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            bar.update()
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']} tokens/s")
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:
+                save_checkpoint(args.out, model, optimizer, step + 1)
+            if stop:
+                break
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return not stop or step + 1 == args.steps
+
+def save_checkpoint(run: Path, model: Ouroboros, optimizer, step: int):
+    """The trained model for whoever loads it, and in one more file all that is needed to go on."""
+    model.save(run)
+    state = {name: p.detach() for name, p in model.trained_parameters().items()}
+    for name, p in model.trained_parameters().items():
+        state |= {f"{key}/{name}": value for key, value in optimizer.state[p].items()}
+    replace_file(run / "training.safetensors", lambda part: save_file(state, part, metadata={"step": str(step)}))
+
+def load_checkpoint(run: Path, model: Ouroboros, optimizer) -> int:
+    """Put back the weights and AdamW's moments; return the number of steps taken."""
+    with open_safetensors(run / "training.safetensors") as file, torch.no_grad():
+        state = {}
+        for i, (name, p) in enumerate(model.trained_parameters().items()):
+            p.copy_(file.get_tensor(name))
+            state[i] = {key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return int(file.metadata()["step"])
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(logits_of, batches: Batches, args, device) -> float:
+    """Mean cross entropy, in nats per target, over the first sequences of `batches`. logits_of: ids -> logits"""
+    total = 0.0
+    for first in range(0, args.eval_sequences, args.batch_size):
+        ids, targets = batches.batch(first, min(args.batch_size, args.eval_sequences - first))
+        total += cross_entropy(logits_of(ids.to(device)), targets.to(device)).item() * len(ids)
+    return total / args.eval_sequences
+
+def baselines(model: Ouroboros, qwen: Qwen | None, columns: dict, args, device) -> dict:
+    """The losses of the full and of the cut model: measured once for a model, a text and a setting, then kept."""
+    texts, dtype = [batches.folder.name for batches in columns.values()], model.norm.weight.dtype
+    what = json.dumps([model.fingerprint(), texts, args.seq_len, args.eval_sequences, device.type, str(dtype)])
+    path = cache_folder() / "baselines" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
+    if not path.exists():
+        print("evaluating the full and the cut model, once for this model and text", flush=True)
+        qwen = qwen or Qwen.from_pretrained(model.source, dtype, device)
+        losses = {name: {column: evaluate(logits_of, batches, args, device) for column, batches in columns.items()}
+                  for name, logits_of in (("full", qwen), ("cut", model.cut))}
+        replace_file(path, lambda part: part.write_text(json.dumps(losses)))
+    return read_json(path)
+
+def print_results(model: Ouroboros, results: dict):
+    full, cut, ours = (results[name] for name in ("full", "cut", "ouroboros"))
+    gap = {column: (cut[column] - ours[column]) / (cut[column] - full[column]) for column in full}
+    print("\n" + " " * 24 + "".join(f"{column:>15}" for column in full))
+    for name, losses in ((f"full model ({model.layers} layers)", full),
+                         (f"cut to {len(model.prelude) + 1 + len(model.coda)} layers", cut),
+                         (f"ouroboros, depth {model.depth}", ours)):
+        print(f"{name:24}" + "".join(f"{loss:15.3f}" for loss in losses.values()))
+    print(f"{'gap recovered':24}" + "".join(f"{share:15.1%}" for share in gap.values()))
+
+def print_sample(model: Ouroboros, tokenizer, batches: Batches, device):
+    prompt = batches.batch(0, 1)[0][:, : max(1, min(48, batches.length // 2))]
+    out = model.generate(prompt.to(device), 48, temperature=0.7)[0, prompt.shape[1] :]
+    text, more = (tokenizer.decode(ids.tolist()) for ids in (prompt[0], out))
+    print(f"\nheld-out text, and after the bar how the model goes on:\n{text}\u2502{more}")
+
+# ---- The program -----------------------------------------------------------------------------------------------------
+def announce_download(args):
+    """Say before the wait what is fetched and how much room it takes."""
+    if not Path(args.model).is_dir() and args.model not in BUILT_IN:
+        index = locate(args.model, "model.safetensors.index.json", required=False)
+        size = (read_json(index).get("metadata") or {}).get("total_size", 0) if index else 0
+        size = f"{size / 1e9:.1f} GB" if size else "one file"
+        print(f"{args.model}: {size}, fetched once to {constants.HF_HUB_CACHE}", flush=True)
+    if args.data == "fineweb-edu":
+        shards = 1 + math.ceil(args.steps * args.accumulation * args.batch_size * args.seq_len / 1e8)
+        free = shutil.disk_usage(next(p for p in Path(constants.HF_HUB_CACHE).parents if p.exists())).free / 1e9
+        print(f"fineweb-edu: {shards} files of 0.2 GB, each fetched when needed; {free:.0f} GB are free", flush=True)
+
+def announce_training(model: Ouroboros, batches: Batches, args, device):
+    """Print the parameter table and, timed on one forward and backward, how long the run will take."""
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
+              if name in ("controller", "gate", "step_norm")}
+    counts |= {"trained, float32": sum(counts.values()), "frozen SVD bases": sum(b.numel() for b in model.buffers()),
+               "frozen base": sum(p.numel() for p in model.parameters() if not p.requires_grad)}
+    print("\n" + "\n".join(f"{name:20}{count:>15,} parameters" for name, count in counts.items()), flush=True)
+    ids, targets = (x.to(device) for x in batches.batch(0, args.batch_size))
+    for _ in range(2):  # the second counts
+        started = time.perf_counter()
+        model.loss(ids, targets).backward()
+        sum(p.grad.sum() for p in model.trained_parameters().values()).item()  # waits for the device
+    model.zero_grad()
+    hours = (time.perf_counter() - started) * args.accumulation * args.steps / 3600
+    took = f"{hours:.1f} hours" if hours > 1.5 else f"{hours * 60:.0f} min"
+    print(f"\n{args.steps} steps of {len(ids) * args.accumulation} x {args.seq_len} tokens, about {took}\n", flush=True)
+
+def new_folder(args) -> Path:
+    """--out, which must not be there yet, or the first free name under runs/."""
+    name = f"runs/{Path(args.model).name}-depth{args.depth}-rank{args.rank}"
+    run = args.out or next(p for i in count(1) if not (p := Path(name if i == 1 else f"{name}-{i}")).exists())
+    try:
+        run.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{run}: {error.strerror}; choose another --out") from None
+    return run
+
+def main():
+    args = parse_arguments()
+    device, dtype = pick_device(args.device, args.dtype)
+    print(f"{args.model} on {args.data}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
+    announce_download(args)
+    torch.manual_seed(args.seed)
+    tokenizer, source = load_tokenizer(args.model), open_source(args.data)
+
+    def batches(split, offset=1, seed=EVALUATION_SEED):
+        return Batches(source, split, tokenizer, args.seq_len, offset, seed)
+
+    columns = {"train": batches("train"), "held-out": batches("val")}
+    if args.target_offset == 2:  # the published task, beside the one that counts
+        columns |= {"train, t+2": batches("train", 2), "held-out, t+2": batches("val", 2)}
+    qwen = None
+    if args.resume or args.eval:
+        model = Ouroboros.load(args.out, None, dtype, device)
+    else:
+        qwen = Qwen.from_pretrained(args.model, dtype, device)
+        model = Ouroboros(qwen, args.prelude, args.recurrent, args.coda, args.rank, args.alpha, args.depth,
+                          args.modulation, args.pool, args.gate, args.step_norm)
+        if not model.trained_parameters():
+            raise UserError("nothing is left to train: keep one of Controller, gate and step norm")
+    results = baselines(model, qwen, columns, args, device)
+    del qwen  # and with it the removed layers
+
+    if not args.eval:
+        training = batches("train", args.target_offset, args.seed)
+        if args.resume and args.text != training.folder.name:
+            raise UserError(f"{args.data}: not the text any more with which {args.out} began; bring it back to go on")
+        if not args.resume:
+            args.out, args.text = new_folder(args), training.folder.name
+            own = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "eval", "device")}
+            replace_file(args.out / "args.json", lambda part: part.write_text(json.dumps(own, indent=2) + "\n"))
+        announce_training(model, training, args, device)
+        if not train(model, training, columns["held-out"], args, device):
+            print(f"stopped, and saved what there is. Go on: python train.py --resume {args.out}\n"
+                  f"See how good it is: python train.py --eval {args.out}")
+            sys.exit(130)
+    results["ouroboros"] = {column: evaluate(model, b, args, device) for column, b in columns.items()}
+    print_results(model, results)
+    if not args.eval:
+        replace_file(args.out / "results.json", lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+        print_sample(model, tokenizer, columns["held-out"], device)
+        try:
+            from experiments.plots import plot_losses
+            plot_losses(args.out)
+        except ImportError:
+            print("no loss.png without matplotlib: pip install matplotlib, then python experiments/plots.py", args.out)
+        print(f"\n{args.out} holds the trained weights, the log, the results and the picture. Write on with them:\n"
+              f'python ouroboros.py {args.out} --prompt "..."')
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
