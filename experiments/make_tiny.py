@@ -1,8 +1,8 @@
-"""Make the built-in model: python experiments/make_tiny.py [--tokens 16e6] [--out tiny]
+"""Make the built-in model: python experiments/make_tiny.py [--tokens 14.5e6] [--out tiny] [--compile]
 
 Trains a byte-level BPE tokenizer and then a small Qwen2.5-architecture decoder on the training split of the `python`
-source, and writes the folder in Hub format. The held-out files of that source are left out of both. About an hour and a
-half on two cores; needs torch >= 2.9 for torch.optim.Muon, which train.py does not use.
+source, and writes the folder in Hub format. The held-out files of that source are left out of both. Over an hour
+on two cores; needs torch >= 2.9 for torch.optim.Muon, which train.py does not use.
 """
 
 import argparse
