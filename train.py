@@ -111,13 +111,13 @@ def schedule(step: int, args) -> float:
 def train(model: Ouroboros, batches: Batches, held_out: Batches, args, device) -> bool:
     """Train and leave the checkpoints and log.jsonl in args.out. False if Ctrl-C ended it early."""
     parameters = model.trained_parameters()
+    # The step norm may learn faster: it starts at 1, far from the state's size, and AdamW moves by a rate a step.
     groups = [{"params": [p for name, p in parameters.items() if name.startswith("step_norm") == norm], "scale": scale}
               for norm, scale in ((False, 1.0), (True, args.norm_lr_scale))]
-    fused, decay = device.type == "cuda", args.weight_decay
-    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=decay, fused=fused)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=fused)
     done = load_checkpoint(args.out, model, optimizer) if args.resume else 0
-    per_step = args.batch_size * args.accumulation
-    stop = []  # the first Ctrl-C lets the step finish, a second one leaves at once
+    per_step, stop = args.batch_size * args.accumulation, []  # the first Ctrl-C ends with the step, a second at once
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     with open(args.out / "log.jsonl", "a") as log, tqdm(initial=done, total=args.steps, unit="step") as bar:
         for step in range(done, args.steps):
