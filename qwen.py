@@ -233,7 +233,7 @@ def cross_entropy(logits, targets):
     return F.cross_entropy(promote(logits).flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 class Qwen(LanguageModel):
-    """The Qwen2.5 decoder. `layers` of a Hub checkpoint's names; logits = qwen(ids)."""
+    """The Qwen2.5 decoder, its modules named as in a Hub checkpoint: ids [B, T] -> logits [B, T, V]."""
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.source = config, None

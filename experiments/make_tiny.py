@@ -81,7 +81,7 @@ def main():
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     loss_of = torch.compile(model.loss) if args.compile else model.loss
 
-    steps, start, total = int(args.tokens // (LENGTH * BATCH)), time.time(), 0.0
+    steps, start, losses = int(args.tokens // (LENGTH * BATCH)), time.time(), []
     for step in range(steps):
         scale = min(1, (step + 1) / 100, (steps - step) / (0.4 * steps))  # warm up, stay, fall over the last 40%
         for optimizer, rate in zip(optimizers, rates):
@@ -93,11 +93,11 @@ def main():
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        total += loss.item()
+        losses.append(loss.item())
         if (step + 1) % 50 == 0 or step + 1 == steps:
             speed = (step + 1) * LENGTH * BATCH / (time.time() - start)
-            print(f"step {step + 1}/{steps}  loss {total / 50:.4f}  {speed:.0f} tokens/s", flush=True)
-            total = 0.0
+            mean = sum(losses[-50:]) / len(losses[-50:])
+            print(f"step {step + 1}/{steps}  loss {mean:.4f}  {speed:.0f} tokens/s", flush=True)
             if (step + 1) % 500 == 0 or step + 1 == steps:
                 print(f"held-out {held_out_loss(model, held_out):.4f}", flush=True)
                 weights = {("model." + n): p.detach().to(torch.bfloat16) for n, p in model.named_parameters()}
