@@ -1,8 +1,7 @@
 """Text -> tokens -> batches of (input, target), deterministic in the seed and able to start again at any step.
 
-A source yields its documents in an order that never changes, in chunks of about two million tokens. Each chunk becomes
-one file in the cache when it is first needed: the first step never waits for the whole source, the second start waits
-for nothing. Sequence n of the training order is a function of (source, seed, n) alone.
+A source yields its documents in an order that never changes, in chunks of about two million tokens. Each becomes a file
+in the cache when it is first needed. Sequence n of the training order is a function of (source, seed, n) alone.
 """
 
 import gzip
@@ -10,16 +9,15 @@ import hashlib
 import json
 import os
 import re
-import zlib
 from functools import lru_cache, partial
-from itertools import count, islice
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from qwen import UserError, load_tokenizer, locate, replace_file
+from qwen import UserError, load_tokenizer, locate, reading, replace_file
 
 CHUNK = 8_000_000  # characters of text in a chunk, about 2M tokens
 END_OF_TEXT = "<|endoftext|>"
@@ -30,9 +28,8 @@ def cache_folder() -> Path:
 
 # ---- Sources: a key that changes when the text does, and chunks(split) of "train" or "val", lists of documents ------
 class PythonSource:
-    """The .py files of the standard library and of the installed torch package, tests left out.
-    A file is held out by a hash of its path below its package, the same on every machine: what is held out here was
-    held out of the built-in model's pretraining too."""
+    """The .py files of the standard library and of the installed torch package, tests left out. Held out by a hash of
+    the path, the same on every machine: what is held out here was held out of the built-in model's pretraining too."""
     def __init__(self):
         skip = {"test", "tests", "idle_test", "testing", "site-packages", "dist-packages"}
         self.files = []  # (hash of the path, path): sorted by it, every chunk is a fair sample
@@ -51,15 +48,13 @@ class PythonSource:
 
 class TextSource:
     """A .txt, .jsonl or .jsonl.gz file, or a folder of them.
-    Documents: the "text" of each line of a .jsonl; in a .txt, what stands between lines of <|endoftext|>, else the
-    whole file; a lone .txt without such lines is cut at line ends into pieces. Held out: the val.* of a folder that
-    has train.* and val.*, else every twentieth document."""
+    Documents: the "text" of each line of a .jsonl; in a .txt, what stands between lines of <|endoftext|>, or the file,
+    a lone one in pieces. Held out: the val.* of a folder with train.* and val.*, else every twentieth document."""
     def __init__(self, path: Path):
         kinds = (".txt", ".jsonl", ".jsonl.gz")
         self.files = [p for p in ([path] if path.is_file() else sorted(path.rglob("*"))) if p.name.endswith(kinds)]
         if not self.files:
-            problem = "no text here" if path.exists() else "no such file or folder"
-            raise UserError(f"{path}: {problem}; --data takes .txt, .jsonl and .jsonl.gz, python or fineweb-edu")
+            raise UserError(f"{path}: no such file, or no text; --data takes {', '.join(kinds)}, python or fineweb-edu")
         self.own = {split: [p for p in self.files if p.name.split(".")[0] == split] for split in ("train", "val")}
         self.key = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
 
@@ -70,23 +65,18 @@ class TextSource:
         return grouped((document for n, document in everything if (n % 20 == 0) == (split == "val")), CHUNK)
 
     def documents(self, path):
-        try:
+        with reading(path, 'text: a .txt is UTF-8, a line of a .jsonl is {"text": "..."}'):
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
                 if ".jsonl" in path.suffixes:
                     yield from (json.loads(line)["text"].strip() for line in file if line.strip())
                     return
                 documents = re.split(r"^<\|endoftext\|>\s*$", file.read(), flags=re.MULTILINE)
-                if len(documents) == 1 and len(self.files) == 1:
-                    documents = map("".join, grouped(documents[0].splitlines(keepends=True), 10_000))
-                yield from documents
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
-            raise UserError(f"{path}: cannot be read as text ({type(error).__name__}: {error}); a .txt is UTF-8, a "
-                            'line of a .jsonl is {"text": "..."}') from None
+            if len(documents) == 1 and len(self.files) == 1:
+                documents = map("".join, grouped(documents[0].splitlines(keepends=True), 10_000))
+            yield from documents
 
 class FineWebSource:
-    """FineWeb-Edu from the Hub, kept there as GPT-2 tokens: 99 shards of 100M and a held-out one. GPT-2's tokenizer is
-    lossless, so decoding gives the text back."""
-
+    """FineWeb-Edu, on the Hub as GPT-2 tokens: 99 shards of 100M, one held out. Decoding gives the very text back."""
     key = FINEWEB
 
     def chunks(self, split):
@@ -128,9 +118,8 @@ def open_source(name: str):
 # ---- Tokens and batches ----------------------------------------------------------------------------------------------
 class Batches:
     """Fixed-length (input, target) pairs of one split, "train" or "val", of a source.
-    A sequence is T inputs and the T tokens that lie `offset` further on: 1, the next token, is what a language model
-    learns. This is the only place where targets are shifted. Neighbouring sequences share no target. The order: chunk
-    after chunk, each shuffled by (seed, epoch, chunk), and from the beginning again after the last."""
+    A sequence is T inputs and the T tokens that lie `offset` further on (1: the next token). Only here are targets
+    shifted. The order: chunk after chunk, each shuffled by (seed, epoch, chunk), and again from the beginning."""
     def __init__(self, source, split: str, tokenizer: Tokenizer, length: int, offset=1, seed=0):
         self.source, self.split, self.tokenizer = source, split, tokenizer
         self.length, self.offset, self.seed = length, offset, seed
@@ -154,7 +143,8 @@ class Batches:
                 replace_file(path, partial(np.save, arr=self.encode(next(self.documents, [])), allow_pickle=False))
             elif self.documents is not None:  # another process was faster
                 next(self.documents, None)
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            with reading(path, "tokens, delete it"):
+                tokens = np.load(path, mmap_mode="r", allow_pickle=False)
             self.complete = len(tokens) == 0  # an empty file marks the end
             self.tokens += [] if self.complete else [tokens]
         return self.tokens[i] if i < len(self.tokens) else None
@@ -173,22 +163,20 @@ class Batches:
     def locate(self, n: int) -> tuple[int, int, int]:
         """(epoch, chunk, place in its shuffled order) of sequence n of the training order."""
         for epoch in count():
-            for i in count():
-                if self.chunk(i) is None:
-                    break
+            for i in takewhile(lambda i: self.chunk(i) is not None, count()):
                 if n < self.sequences(i):
                     return epoch, i, n
                 n -= self.sequences(i)
 
-    def batch(self, first: int, size: int):
+    def batch(self, first: int, size: int, device="cpu"):
         """Sequences first .. first+size-1 of the training order: inputs and targets, [size, T] int64 each."""
-        inputs, targets = [], []
+        windows = []
         for epoch, i, place in map(self.locate, range(first, first + size)):
             start = int(shuffled(self.seed, epoch, i, self.sequences(i))[place]) * self.length
-            window = torch.from_numpy(self.chunk(i)[start : start + self.length + self.offset].astype(np.int64))
-            inputs.append(window[: self.length])
-            targets.append(window[self.offset :])
-        return torch.stack(inputs), torch.stack(targets)
+            windows.append(self.chunk(i)[start : start + self.length + self.offset])
+        ids, cuda = torch.from_numpy(np.stack(windows).astype(np.int64)), torch.device(device).type == "cuda"
+        ids = (ids.pin_memory() if cuda else ids).to(device, non_blocking=cuda)  # pinned: the program need not wait
+        return ids[:, : self.length], ids[:, self.offset :]
 
 @lru_cache(maxsize=16)
 def shuffled(seed: int, epoch: int, chunk: int, size: int) -> np.ndarray:

@@ -16,15 +16,17 @@ Continue a prompt with a trained run: python ouroboros.py runs/NAME --prompt "..
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from qwen import (PROJECTIONS, LanguageModel, Parser, Qwen, UserError, exit_on_user_error, load_tokenizer,
-                  open_safetensors, pick_device, plain, promote, read_json, replace_file, rms_norm)
+from qwen import (PROJECTIONS, LanguageModel, Parser, Qwen, UserError, exit_on_user_error, keep_freed_memory,
+                  load_tokenizer, open_safetensors, pick_device, plain, promote, read_json, reading, replace_file)
 
 MAX_STEPS = 64  # rows of the step embedding, of the static table and of the step norm
 OWN = ("lora", "controller", "gate", "step_norm")  # the parts of the model that are not the base's
@@ -32,9 +34,8 @@ OWN = ("lora", "controller", "gate", "step_norm")  # the parts of the model that
 # ---- The parts -------------------------------------------------------------------------------------------------------
 def svd_bases(residual, rank: int):
     """The best rank-r factors of a residual R [out, in]: A [r, in], its top right singular vectors, and B [out, r],
-    the left ones times their singular values, so that B A is R in its r strongest directions.
-    The eigenvectors of the smaller Gram matrix are the singular vectors of that side, in a fraction of a full SVD's
-    time. B = R A^T from the same A makes the free signs harmless."""
+    the left ones times their singular values. The eigenvectors of the smaller Gram matrix are the singular vectors of
+    that side, in a fraction of a full SVD's time. B = R A^T from the same A makes the free signs harmless."""
     R = promote(residual.cpu() if residual.is_mps else residual)  # eigh has no MPS kernel in most versions of torch
     tall = R.shape[0] >= R.shape[1]
     _, vectors = torch.linalg.eigh(R.T @ R if tall else R @ R.T)  # eigenvalues ascend
@@ -54,7 +55,7 @@ class SVDLoRA(nn.Module):
         return F.linear(F.linear(x, self.A) * (self.scale * m), self.B)
 
 class Linear(nn.Linear):
-    """A float32 weight that computes in the type of its input."""
+    """A linear layer of float32 weights that computes in the type of its input."""
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -64,17 +65,17 @@ class Controller(nn.Module):
     The heads are zero at the start: no modulation."""
     def __init__(self, d: int, rank: int, s: int = 128):
         super().__init__()
-        self.pooled = Linear(d, 2 * s)
-        self.step = nn.Embedding(MAX_STEPS, s)
-        self.trunk = nn.Sequential(Linear(3 * s, 2 * s), nn.SiLU(), Linear(2 * s, s), nn.SiLU())
+        self.reduce, self.step = Linear(d, 2 * s), nn.Embedding(MAX_STEPS, s)
+        self.join, self.narrow = Linear(3 * s, 2 * s), Linear(2 * s, s)
         self.heads = Linear(s, len(PROJECTIONS) * rank, bias=False)  # the seven, side by side
         nn.init.zeros_(self.heads.weight)
 
     def forward(self, pooled, t: int):
-        p = F.silu(self.pooled(pooled))
-        e = self.step.weight[t].to(p.dtype).expand(*p.shape[:-1], -1)
-        m = self.heads(self.trunk(torch.cat([p, e], dim=-1)))
-        return m.unflatten(-1, (len(PROJECTIONS), -1)).unbind(-2)
+        p = F.silu(self.reduce(pooled))
+        W_p, W_e = self.join.weight.split([p.shape[-1], self.step.embedding_dim], dim=1)  # W [p; e] = W_p p + W_e e,
+        bias = self.join.bias + W_e @ self.step.weight[t]  # and the second is the same for every position
+        z = F.silu(self.narrow(F.silu(F.linear(p, W_p.to(p.dtype), bias.to(p.dtype)))))
+        return self.heads(z).unflatten(-1, (len(PROJECTIONS), -1)).unbind(-2)
 
 class StaticModulation(nn.Module):
     """The baseline without an input: a learned table [64, 7, r], zero at the start -> 7 diagonals, each [r]."""
@@ -96,7 +97,7 @@ class Gate(nn.Module):
 
     def forward(self, h_new, h):
         g = torch.sigmoid(self.linear(torch.cat([h_new, h], dim=-1)))
-        return g * h_new + (1 - g) * h
+        return torch.lerp(h, h_new, g)
 
 class StepNorm(nn.Module):
     """RMSNorm with a weight of its own for each step t, ones at the start. [B, T, d] -> [B, T, d]"""
@@ -105,19 +106,18 @@ class StepNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(MAX_STEPS, d)), eps
 
     def forward(self, h, t: int):
-        return rms_norm(h, self.weight[t], self.eps)
+        return F.rms_norm(h, h.shape[-1:], self.weight[t].to(h.dtype), self.eps)
 
-def prefix_mean(h, t: int, cache=None):
+def prefix_mean(h, cache=None):
     """pool(h): for every position, the mean over it and all before it. [B, T, d] -> [B, T, d]
     Causal, and generation keeps only a running sum; in float32, since in bf16 such a sum stops growing."""
-    past, seen = cache.sums.get(t, (0, 0)) if cache else (0, 0)
-    sums = past + promote(h).cumsum(dim=1)
-    counts = torch.arange(seen + 1, seen + h.shape[1] + 1, device=h.device)[:, None]
+    seen, sums = cache.length if cache else 0, promote(h).cumsum(dim=1)
     if cache:
-        cache.sums[t] = sums[:, -1:], seen + h.shape[1]
-    return (sums / counts).to(h.dtype)
+        sums = sums + cache.input_sum
+        cache.input_sum = sums[:, -1:]
+    return (sums / torch.arange(seen + 1, seen + h.shape[1] + 1, device=h.device)[:, None]).to(h.dtype)
 
-def sequence_mean(h, t: int, cache=None):
+def sequence_mean(h, cache=None):
     """The published pool(h): one mean for all, so that every position sees the future. [B, T, d] -> [B, 1, d]"""
     return promote(h).mean(dim=1, keepdim=True).to(h.dtype)
 
@@ -134,103 +134,111 @@ class Ouroboros(LanguageModel):
     prelude, coda: how many first and last layers stay; recurrent: index of the looped one (paper: 8, 18, 8 of 36; by
     default in that proportion). rank, alpha: of the SVD LoRA. depth: steps of the loop. modulation: controller,
     static or none; pool: prefix (causal) or sequence (as published); gate, step_norm: the ablation switches.
-    bases: the seven (A, B), where they are known; then the removed layers are not needed.
-    Raises UserError for a cut that leaves nothing before, after or in between, a rank above a projection's width,
-    a depth outside 1..64 or an unknown switch."""
+    checkpointing: in training, a third more time for far less memory. Raises UserError for a cut that leaves nothing
+    before, after or in between, a rank above a projection's width, a depth outside 1..64 or an unknown switch."""
+    checkpointing = False
+
     def __init__(self, qwen: Qwen, prelude=None, recurrent=None, coda=None, rank=32, alpha=16.0, depth=8,
-                 modulation="controller", pool="prefix", gate=True, step_norm=True, bases=None):
+                 modulation="controller", pool="prefix", gate=True, step_norm=True):
         super().__init__()
         L, d, eps = len(qwen.layers), qwen.config.hidden_size, qwen.config.rms_norm_eps
         prelude, recurrent, coda = (c if x is None else x for x, c in zip((prelude, recurrent, coda), default_cut(L)))
         if not (prelude >= 1 and coda >= 1 and prelude <= recurrent < L - coda and L - coda - prelude > 1):
-            raise UserError(f"prelude {prelude}, recurrent {recurrent}, coda {coda} is no cut of {L} layers: keep one "
-                            "before and after, the recurrent one (counted from 0) between them, and let some go")
-        if not 1 <= depth <= MAX_STEPS:
-            raise UserError(f"depth {depth}: train with 1 to {MAX_STEPS} steps")
-        if modulation not in MODULATIONS or pool not in POOLS:
-            raise UserError(f"modulation {modulation!r}, pool {pool!r}: use one of {MODULATIONS} and of {tuple(POOLS)}")
+            raise UserError(f"prelude {prelude}, recurrent {recurrent} (counted from 0), coda {coda} is no cut of {L} "
+                            "layers: keep one before, one after, the recurrent one between, and let some go")
+        if not (1 <= depth <= MAX_STEPS and modulation in MODULATIONS and pool in POOLS):
+            raise UserError(f"depth {depth}, modulation {modulation!r}, pool {pool!r}: depth is 1 to {MAX_STEPS}, "
+                            f"and the others are one of {MODULATIONS} and of {tuple(POOLS)}")
         self.settings = dict(prelude=prelude, recurrent=recurrent, coda=coda, rank=rank, alpha=alpha, depth=depth,
                              modulation=modulation, pool=pool, gate=gate, step_norm=step_norm)
         self.config, self.source, self.layers, self.depth = qwen.config, qwen.source, L, depth
-
         # Frozen: the kept layers and the bases of what was removed.
         self.embed_tokens, self.norm, self.lm_head = qwen.embed_tokens, qwen.norm, qwen.lm_head
         self.prelude, self.recurrent, self.coda = qwen.layers[:prelude], qwen.layers[recurrent], qwen.layers[L - coda :]
         self.requires_grad_(False)
         if modulation != "none":
             removed = [layer for i, layer in enumerate(qwen.layers) if prelude <= i < L - coda and i != recurrent]
-            bases = bases or self.residual_bases(removed, rank)
-            self.lora = nn.ModuleList(SVDLoRA(A, B, alpha) for A, B in bases)
-
+            self.lora = nn.ModuleList(SVDLoRA(A, B, alpha) for A, B in self.residual_bases(removed, rank))
         # Trained, in float32.
-        self.controller, self.pool = None, None
+        self.controller, self.pool = None, lambda h, cache: h
         if modulation == "controller":
             self.controller, self.pool = Controller(d, rank), POOLS[pool]
         elif modulation == "static":
             self.controller = StaticModulation(rank)
-        self.cacheable = self.pool is not sequence_mean  # where a new token changes what all earlier ones gave
+        # A pool that sees the future leaves nothing to keep: a new token changes what all earlier ones gave.
+        self.cacheable = modulation != "controller" or pool == "prefix"
         self.gate = Gate(d) if gate else None
         self.step_norm = StepNorm(d, eps) if step_norm else None
         self.to(self.embed_tokens.weight.device)
 
+    @torch.no_grad()
     def residual_bases(self, removed, rank: int):
-        """(A_k, B_k) of R_k = mean over the removed layers of W_k, minus the recurrent layer's W_k; k = 1..7."""
+        """(A_k, B_k) of R_k = mean over the removed layers of W_k, minus the recurrent layer's W_k; k = 1..7. Where the
+        removed layers were not loaded, zeros: a saved run brings its own."""
         bases = []
         for name in PROJECTIONS:
             W = self.recurrent.get_submodule(name).weight
             if not 1 <= rank <= min(W.shape):
                 raise UserError(f"rank {rank} does not fit {name}, whose smaller side is {min(W.shape)}: at most that")
-            mean = sum(promote(layer.get_submodule(name).weight) for layer in removed) / len(removed)
-            bases.append([factor.to(W) for factor in svd_bases(mean - promote(W), rank)])
+            factors = W.new_zeros(rank, W.shape[1]), W.new_zeros(W.shape[0], rank)
+            if not isinstance(removed[0], nn.Identity):
+                mean = sum(promote(layer.get_submodule(name).weight) for layer in removed) / len(removed)
+                factors = svd_bases(mean - promote(W), rank)
+            bases.append([factor.to(W) for factor in factors])
         return bases
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def hidden(self, ids, depth=None, cache=None):
-        """ids [B, T] -> normalised last hidden state [B, T, d]. depth: steps of the loop; default: the model's own."""
+    def hidden(self, ids, depth=None, cache=None, cut=False):
+        """ids [B, T] -> normalised last hidden state [B, T, d]. depth: steps of the loop; default: the model's own.
+        cut: the baseline instead, which passes through the recurrent layer once, as it is."""
         if (depth := self.depth if depth is None else depth) < 1:
             raise UserError(f"depth {depth}: the loop takes at least one step")
         rotary, caches = self.start(ids, cache)
         with torch.no_grad():  # nothing is trained up to here, so no graph is kept
             h = self.embed_tokens(ids)
-            for layer in self.prelude:
+            for layer in [*self.prelude, self.recurrent] if cut else self.prelude:
                 h = layer(h, rotary, next(caches))
-        for t in range(depth):
-            h = self.loop_step(h, t, rotary, next(caches), cache)
+        keep_inputs_only = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        call = keep_inputs_only if self.checkpointing and torch.is_grad_enabled() else lambda block, *x: block(*x)
+        for t in range(0 if cut else depth):
+            h = call(self.loop_step, h, t, rotary, next(caches))
         for layer in self.coda:
-            h = layer(h, rotary, next(caches))
+            h = call(layer, h, rotary, next(caches))
         return self.norm(h)
 
-    def loop_step(self, h, t: int, rotary, kv=None, cache=None):
+    def compile_blocks(self, **how):
+        """torch.compile the turn of the loop and every prelude and coda layer. No name in a checkpoint changes."""
+        for layer in (*self.prelude, *self.coda):
+            layer.compile(**how)
+        self.loop_step = torch.compile(self.loop_step, **how)
+        self.generate = torch.compiler.set_stance("force_eager")(self.generate)  # its shapes change with each token
+
+    def loop_step(self, h, t: int, rotary, cache=None):
         """One turn of the loop, the equations at the head of this file. [B, T, d] -> [B, T, d]"""
         s = min(t, self.depth - 1)  # past the trained depth, the last trained step's embedding and norm go on
         project = plain
         if self.controller is not None:
-            m = self.controller(self.pool(h, t, cache) if self.pool else h, s)
-
+            m = self.controller(self.pool(h, cache), s)
             def project(projection, x, k):
                 return projection(x) + self.lora[k](x, m[k])
-
-        h_new = self.recurrent(h, rotary, kv, project)
-        if self.step_norm is not None:
-            h_new = self.step_norm(h_new, s)
+        h_new = self.recurrent(h, rotary, cache, project)
+        h_new = h_new if self.step_norm is None else self.step_norm(h_new, s)
         return self.gate(h_new, h) if self.gate is not None else h_new
 
-    @torch.no_grad()
-    def cut(self, ids):
-        """The cut baseline: prelude, the recurrent layer once as it is, coda. ids [B, T] -> logits [B, T, V]"""
-        h, (rotary, _) = self.embed_tokens(ids), self.start(ids)
-        for layer in [*self.prelude, self.recurrent, *self.coda]:
-            h = layer(h, rotary)
-        return self.head(self.norm(h))
+    def cut(self, ids):  # [B, T] -> logits [B, T, V] of the cut baseline
+        return self(ids, cut=True)
+
+    def own(self) -> dict[str, torch.Tensor]:
+        """What is not the base's: the trained weights and the bases."""
+        return {name: t for name, t in self.state_dict().items() if name.split(".")[0] in OWN}
 
     def save(self, folder):
         """Write the trained weights and the bases (ouroboros.safetensors) and every switch (config.json)."""
         config = {"base": self.source, "fingerprint": self.fingerprint(), "layers": self.layers, **self.settings}
-        tensors = {name: t for name, t in self.state_dict().items() if name.split(".")[0] in OWN}
         replace_file(Path(folder) / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-        replace_file(Path(folder) / "ouroboros.safetensors", lambda path: save_file(tensors, path))
+        replace_file(Path(folder) / "ouroboros.safetensors", lambda path: save_file(self.own(), path))
 
     @classmethod
     def load(cls, folder, base=None, dtype=torch.float32, device="cpu") -> "Ouroboros":
@@ -239,21 +247,14 @@ class Ouroboros(LanguageModel):
         config = read_json(Path(folder) / "config.json")
         with open_safetensors(Path(folder) / "ouroboros.safetensors") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        try:
+        with reading(folder, "a whole run on this base"):
             saved_base, fingerprint, L = (config.pop(key) for key in ("base", "fingerprint", "layers"))
             kept = [*range(config["prelude"]), config["recurrent"], *range(L - config["coda"], L)]
-            qwen = Qwen.from_pretrained(base or saved_base, dtype, device, layers=kept)
-            if len(qwen.layers) != L:
-                raise KeyError(f"{L} layers")
-            bases = [[tensors[f"lora.{k}.{x}"].to(device, dtype) for x in "AB"]
-                     for k in range(7) if config["modulation"] != "none"]
-            model = cls(qwen, bases=bases, **config)
-            if {*model.load_state_dict(tensors, strict=False).missing_keys} & model.trained_parameters().keys():
-                raise KeyError("trained weights")
-        except (KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise UserError(f"{folder}: no folder of a run, or damaged, or not on this base ({error})") from None
+        qwen = Qwen.from_pretrained(base or saved_base, dtype, device, layers=kept)
+        with reading(folder, "a whole run on this base"):
+            model = cls(qwen, **config)
+            if absent := {*model.load_state_dict(tensors, strict=False).missing_keys} & model.own().keys():
+                raise KeyError(min(absent))
         if model.fingerprint() != fingerprint:
             raise UserError(f"{base or saved_base} is not that model, {saved_base}, on which {folder} was trained")
         return model
@@ -279,12 +280,12 @@ def main():
     option("--device", default="auto", help="cuda, mps or cpu (default: the first of these there is)")
     option("--seed", type=int, default=0, help="for temperatures above 0")
     args = parser.parse_args()
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     device, dtype = pick_device(args.device)
     model = Ouroboros.load(args.run, args.base, dtype, device)
     tokenizer = load_tokenizer(args.base or model.source)
-    prompt = args.prompt.encode("utf-8", "replace").decode()
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids = tokenizer.encode(args.prompt.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
     if not ids:
         raise UserError("--prompt is empty; give at least one character")
     out = model.generate(torch.tensor([ids], device=device), args.max_new_tokens, args.temperature, depth=args.depth)

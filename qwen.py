@@ -7,6 +7,7 @@ Letters in the shape comments: B sequences, T tokens, d hidden_size, H heads of 
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from itertools import count, repeat
 from pathlib import Path
 
@@ -55,17 +57,12 @@ class Config:
     def from_json(cls, path: Path) -> "Config":
         """Read config.json. UserError for what this decoder cannot run: another architecture, rope scaling, windows."""
         raw = read_json(path)
-        rope, eos = raw.get("rope_parameters") or raw.get("rope_scaling") or {}, raw.get("eos_token_id")
-        try:
-            windows = raw.get("use_sliding_window") and raw.get("max_window_layers", 0) < raw["num_hidden_layers"]
-            for wrong, what in [
-                (raw["model_type"] != "qwen2", f"model_type is {raw['model_type']!r}, not 'qwen2'"),
-                (raw.get("hidden_act", "silu") != "silu", f"hidden_act is {raw.get('hidden_act')!r}, not 'silu'"),
-                (rope.get("rope_type", rope.get("type", "default")) != "default", f"rope scaling is set ({rope})"),
-                (windows or "sliding_attention" in (raw.get("layer_types") or ()), "a sliding window is in use"),
-            ]:
-                if wrong:
-                    raise UserError(f"{path}: {what}; this program runs the plain Qwen2.5 decoder only")
+        with reading(path, "the config.json of a Qwen2.5 model"):
+            rope, eos = raw.get("rope_parameters") or raw.get("rope_scaling") or {}, raw.get("eos_token_id")
+            known = {"model_type": "qwen2", "hidden_act": "silu", "rope_type": "default", "use_sliding_window": False}
+            asked = {"model_type": None, "rope_type": rope.get("type", "default"), **raw, **rope}
+            if other := {key: asked[key] for key in known if asked.get(key, known[key]) != known[key]}:
+                raise UserError(f"{path}: {other}: this program runs the plain Qwen2.5 decoder; name another model")
             raw = {"num_key_value_heads": raw["num_attention_heads"], **raw, **rope}
             raw["head_dim"] = raw.get("head_dim") or int(raw["hidden_size"]) // int(raw["num_attention_heads"])
             sizes = {f.name: int(raw[f.name]) for f in fields(cls)[:7]}
@@ -75,46 +72,47 @@ class Config:
             if min(*sizes.values(), *numbers.values()) <= 0 or config.head_dim % 2 or (
                     config.num_attention_heads % config.num_key_value_heads):
                 raise ValueError(f"sizes that do not fit together: {sizes | numbers}")
-        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not the config.json of a Qwen2.5 model ({error!r}); get the file again") from None
-        return config
+            return config
 
 def promote(x):
     """x in float32 or, if it is float64 already, as it is: bf16 is too coarse for sums."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the root mean square taken over channels in float32. [..., d] -> [..., d]"""
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
-
-def rms_norm(x, weight, eps):
-    x32 = promote(x)
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
-
-def rotary_tables(config: Config, start: int, stop: int, device):
-    """Cosine and sine, each [T, D/2], of the angles by which positions start..stop-1 turn: position * theta^(-2i/D) for
-    pair i of a head's D channels. float32 whatever the weights are."""
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # a table that generation made may later serve a training step
+def rotary_tables(config: Config, length: int, device):
+    """Cosine and sine, [length, D] each, of the angle by which each position turns: position * theta^(-2i/D) for the
+    channels i and i + D/2 of a head. The first half of the sines is negated. float32 whatever the weights are."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    angles = torch.arange(start, stop, device=device)[:, None] * config.rope_theta**-exponent
-    return angles.cos(), angles.sin()
+    angles = torch.arange(length, device=device)[:, None] * config.rope_theta**-exponent
+    return angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)
 
 def rotate(x, rotary):
-    """Turn channel i together with channel i + D/2. [B, H, T, D] -> [B, H, T, D]"""
+    """Turn each pair of channels (a, b) to (a cos - b sin, b cos + a sin). [B, H, T, D] -> [B, H, T, D]"""
     cos, sin = rotary
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)  # rolled: every (a, b) is (b, a)
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(D)) v, where the T queries are the newest of S tokens and each sees all keys up to its own.
+    q [B, H, T, D], k and v [B, H_kv, S, D] -> [B, H, T, D]; each key-value head serves H / H_kv query heads (GQA)."""
+    B, H, T, D, S = *q.shape, k.shape[2]
+    if q.is_mps or q.is_cpu and q.dtype == torch.bfloat16 and S <= 512:
+        # Written out: on such a CPU 3 times as fast as torch's fused kernel, which on MPS aborts or errs.
+        scores = (q * D**-0.5).reshape(B, k.shape[1], -1, D) @ k.transpose(2, 3)  # the heads of a group in one product
+        mask = torch.full((T, S), -torch.inf, dtype=q.dtype, device=q.device).triu(S - T + 1) if T > 1 else 0
+        weights = (scores.view(B, H, T, S) + mask).softmax(-1)
+        return (weights.view(scores.shape) @ v).view(B, H, T, D)
+    if q.is_cuda and q.dtype == torch.float32:  # for which only the kernel without groups is fused
+        k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=bool(1 < T == S), enable_gqa=True)
 
 def plain(projection: nn.Linear, x, which: int):
     """How a plain layer applies its projection number `which`: as it is."""
     return projection(x)
 
 class Attention(nn.Module):
-    """Causal self-attention; each key-value head serves H / H_kv query heads (GQA). [B, T, d] -> [B, T, d]"""
+    """Causal self-attention. [B, T, d] -> [B, T, d]"""
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim = c.head_dim
@@ -131,16 +129,22 @@ class Attention(nn.Module):
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        if x.is_mps:  # where torch 2.6 aborts on enable_gqa
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        # T new queries against all keys so far: a lone query sees every one; without a past the mask is the triangle.
-        past = k.shape[2] - T
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past and T > 1 else None
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past and T > 1, enable_gqa=True)
-        return project(self.o_proj, y.transpose(1, 2).reshape(B, T, -1), O)
+        return project(self.o_proj, attend(q, k, v).transpose(1, 2).reshape(B, T, -1), O)
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. For the backward pass it keeps its inputs only, where autograd would keep silu(gate) too."""
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). [B, T, d] -> [B, T, d]"""
+    """down(silu(gate(x)) * up(x)). [B, T, d] -> [B, T, d]"""
     def __init__(self, c: Config):
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
@@ -148,17 +152,17 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x, project=plain):
-        return project(self.down_proj, F.silu(project(self.gate_proj, x, GATE)) * project(self.up_proj, x, UP), DOWN)
+        inner = SwiGLU.apply(project(self.gate_proj, x, GATE), project(self.up_proj, x, UP))
+        return project(self.down_proj, inner, DOWN)
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). [B, T, d] -> [B, T, d]
-    rotary: the tables of the T positions; cache: a KVCache that is read and extended, or None;
-    project: a function (projection, input, number 0..6) -> output, called for each of the seven projections."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). [B, T, d] -> [B, T, d]. rotary: the tables of the T positions;
+    cache: a KVCache to extend, or None; project: (projection, input, number 0..6) -> output, how each is applied."""
     def __init__(self, c: Config):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
     def forward(self, x, rotary, cache=None, project=plain):
@@ -166,59 +170,81 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), project)
 
 class KVCache:
-    """Keys and values, [B, H_kv, T, D] each, of the T tokens that one layer has seen."""
+    """What generation keeps of a layer call: the keys and values, [B, H_kv, T, D] each, of the tokens so far, their
+    number and, for a turn of the loop, the sum of its inputs."""
     keys = values = None
+    length = input_sum = 0
 
     def append(self, k, v):
         """Add tokens; return all keys and values so far."""
-        if self.keys is not None:
+        if self.length:
             k, v = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
-        self.keys, self.values = k, v
+        self.keys, self.values, self.length = k, v, k.shape[2]
         return k, v
 
-class Cache:
-    """What generation keeps of the tokens so far: their number, a KVCache for each layer call of a forward, in the
-    order of the calls, and for the looped model (sum, number) of each step's inputs."""
-    def __init__(self):
-        self.length, self.layers, self.sums = 0, defaultdict(KVCache), {}
+class HeadLoss(torch.autograd.Function):
+    """Mean cross entropy of hidden states h [N, d] through a frozen head [V, d], targets [N]; -100 does not count.
+    Only a chunk of the logits exists at a time, so forward makes what backward needs while it is there: the gradient of
+    h, (softmax - one-hot) head / count."""
+    @staticmethod
+    def forward(ctx, h, head, targets, chunk=256):
+        valid, loss, grad = targets != -100, promote(h.new_zeros(())), torch.empty_like(h)
+        share = valid.to(loss) / valid.sum()  # of each target in the mean
+        for part in (slice(i, i + chunk) for i in range(0, len(h), chunk)):
+            log_p = promote(F.linear(h[part], head)).log_softmax(-1)  # [chunk, V]
+            target = targets[part, None].clamp(min=0)
+            picked = log_p.gather(1, target)
+            loss -= share[part] @ picked.squeeze(1)
+            if ctx.needs_input_grad[0]:
+                log_p.exp_().scatter_(1, target, picked.expm1())  # softmax - one-hot
+                torch.mm(log_p.to(h.dtype), head, out=grad[part])
+            del log_p  # before the next chunk needs the memory
+        ctx.save_for_backward(grad, share)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad, share = ctx.saved_tensors
+        return (grad * (share * grad_loss)[:, None]).to(grad.dtype), None, None, None
 
 class LanguageModel(nn.Module):
     """What the plain and the looped model share: from hidden(ids, cache=None, **how) to logits, the loss and text.
+    cache: a defaultdict(KVCache) whose keys number the layer calls of a forward; ids are the tokens that follow it.
     lm_head is None where the head is tied to the embedding."""
     cacheable = True
 
     def start(self, ids, cache=None):
         """The rotary tables of ids [B, T], which follow what is in the cache, and the caches for the layer calls."""
-        first, T = cache.length if cache else 0, ids.shape[1]
-        if cache:
-            cache.length += T
-        caches = map(cache.layers.__getitem__, count()) if cache else repeat(None)
-        return rotary_tables(self.config, first, first + T, ids.device), caches
+        first, caches = (0, repeat(None)) if cache is None else (cache[0].length, map(cache.__getitem__, count()))
+        tables = rotary_tables(self.config, 1 << (first + ids.shape[1] - 1).bit_length(), ids.device)  # few lengths
+        return [table[first : first + ids.shape[1]] for table in tables], caches
 
-    def head(self, h):
-        """[..., d] -> logits [..., V]"""
-        return F.linear(h, (self.lm_head or self.embed_tokens).weight)
+    @property
+    def head(self):
+        """The weight [V, d] that turns hidden states into logits."""
+        return (self.lm_head or self.embed_tokens).weight
 
     def forward(self, ids, **how):
         """ids [B, T] int64 -> logits [B, T, V]"""
-        return self.head(self.hidden(ids, **how))
+        return F.linear(self.hidden(ids, **how), self.head)
 
     def loss(self, ids, targets, **how):
         """Mean cross entropy, in nats, of targets [B, T] already aligned with ids [B, T]; -100 does not count."""
-        return cross_entropy(self(ids, **how), targets)
+        if torch.is_grad_enabled() and self.head.requires_grad:
+            raise NotImplementedError("no gradient for the head here: freeze it, or take cross_entropy of all logits")
+        return HeadLoss.apply(self.hidden(ids, **how).flatten(0, 1), self.head, targets.flatten())
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens=32, temperature=0.0, **how):
         """Continue prompts of one length: ids [B, T] -> [B, T + n], n <= max_new_tokens; the likeliest token at
         temperature 0, else sampled. Stops when all have met one of the config's end tokens; who met it is filled up."""
-        cache, new = Cache() if self.cacheable else None, ids
+        cache, new = defaultdict(KVCache) if self.cacheable else None, ids
         ends = torch.tensor(self.config.eos_token_id, dtype=torch.int64, device=ids.device)
         done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for _ in range(max_new_tokens):
-            logits = promote(self.head(self.hidden(new, cache=cache, **how)[:, -1]))  # [B, V]
-            new = logits.argmax(-1, keepdim=True)
-            if temperature > 0:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1)
+            logits = promote(F.linear(self.hidden(new, cache=cache, **how)[:, -1], self.head))  # [B, V]
+            likeliest = logits.argmax(-1, keepdim=True)
+            new = torch.multinomial((logits / temperature).softmax(-1), 1) if temperature > 0 else likeliest
             if len(ends):
                 new = torch.where(done, ends[0], new)
                 done |= torch.isin(new, ends)
@@ -228,10 +254,6 @@ class LanguageModel(nn.Module):
             new = ids if cache is None else new  # without a cache the model sees everything again
         return ids
 
-def cross_entropy(logits, targets):
-    """Mean over the valid targets, in nats. [B, T, V], [B, T] -> scalar"""
-    return F.cross_entropy(promote(logits).flatten(0, 1), targets.flatten(), ignore_index=-100)
-
 class Qwen(LanguageModel):
     """The Qwen2.5 decoder, its modules named as in a Hub checkpoint: ids [B, T] -> logits [B, T, V]."""
     def __init__(self, config: Config):
@@ -239,12 +261,12 @@ class Qwen(LanguageModel):
         self.config, self.source = config, None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         untied = not config.tie_word_embeddings
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if untied else None
 
     def hidden(self, ids, cache=None):
-        """ids [B, T] -> normalised last hidden state [B, T, d]. With a cache, ids are the tokens that follow it."""
+        """ids [B, T] -> normalised last hidden state [B, T, d]"""
         rotary, caches = self.start(ids, cache)
         x = self.embed_tokens(ids)
         for layer in self.layers:
@@ -254,44 +276,32 @@ class Qwen(LanguageModel):
     @classmethod
     def from_pretrained(cls, folder_or_repo, dtype=torch.float32, device="cpu", layers=None) -> "Qwen":
         """Load config.json and the safetensors weights of a folder, of a Hub repository or of the built-in "tiny".
-        layers: the only ones to load (the looped model needs 17 of 36); the others stay without memory. Default: all.
-        Raises UserError for a checkpoint this decoder cannot run, or a damaged one."""
+        layers: the only ones to load (default: all). UserError for a checkpoint it cannot run, or a damaged one."""
         name, config = str(folder_or_repo), Config.from_json(locate(folder_or_repo, "config.json"))
-        files, wanted = tensor_files(folder_or_repo), layers or range(config.num_hidden_layers)
-        if max(wanted) >= config.num_hidden_layers:
-            raise UserError(f"{name}: has no layer {max(wanted)}; name another base model")
-        # The model is laid out without memory, what is wanted of it is then allocated once, and each tensor is copied
-        # to its place: there is never a second copy of the weights.
-        with torch.device("meta"):
+        files, all_layers = tensor_files(folder_or_repo), {*range(config.num_hidden_layers)}
+        unwanted = all_layers.difference(layers or all_layers)
+        with torch.device("meta"):  # laid out without memory; the tensors loaded take the places
             model = cls(replace(config, attention_bias=any(".0.self_attn.q_proj.bias" in key for key in files)))
+            for i in unwanted:
+                model.layers[i] = nn.Identity()
         model.source = str(Path(name).resolve()) if Path(name).is_dir() and name not in BUILT_IN else name
-        for part in [model.embed_tokens, *(model.layers[i] for i in wanted), model.norm, model.lm_head]:
-            if part is not None:
-                part.to(dtype).to_empty(device=device)
-        places = dict(model.requires_grad_(False).eval().named_parameters())
+        tied, tensors = config.tie_word_embeddings, {}
         for path in sorted(set(files.values())):
             with open_safetensors(path) as file:
                 for key in file.keys():
                     ours = key.removeprefix("model.")
-                    if ours.endswith("rotary_emb.inv_freq") or ours == "lm_head.weight" and config.tie_word_embeddings:
-                        continue
-                    if ours not in places:
-                        raise UserError(f"{path}: the tensor {key} belongs to no Qwen2.5 model of this config.json")
-                    place = places.pop(ours)
-                    if place.is_meta:
-                        continue
-                    tensor = file.get_tensor(key)
-                    if tensor.shape != place.shape:
-                        raise UserError(f"{path}: {key} is {[*tensor.shape]}, config.json asks for {[*place.shape]}")
-                    place.copy_(tensor)
-        if places:
-            raise UserError(f"{name}: {len(places)} tensors are missing, such as {next(iter(places))}; get it again")
+                    layer = re.match(r"layers\.(\d+)\.", ours)
+                    surplus = ours.endswith("rotary_emb.inv_freq") or ours == "lm_head.weight" and tied
+                    if not surplus and not (layer and int(layer[1]) in unwanted):
+                        tensors[ours] = file.get_tensor(key)  # mapped from the file
+        tensors = {name: t.to(device, dtype, copy=True) for name, t in tensors.items()}
+        with reading(name, "weights of the shapes in its config.json"):
+            model.requires_grad_(False).eval().load_state_dict(tensors, assign=True)
         return model
 
 # ---- Files, from a folder or from the Hub ----------------------------------------------------------------------------
 def locate(folder_or_repo, filename: str, repo_type="model", required=True) -> Path | None:
-    """The path of one file of a folder, of the built-in model or of a Hub repository (downloaded once, then cached).
-    A file that is not there is a UserError, or None if it is not required."""
+    """The path of a file of a folder, of the built-in model or of a Hub repository; None if absent and not required."""
     name = str(folder_or_repo)
     folder = BUILT_IN.get(name, Path(name))
     if folder.is_dir():
@@ -332,30 +342,34 @@ def tensor_files(folder_or_repo) -> dict[str, Path]:
     return {tensor: paths[name] for tensor, name in weight_map.items()}
 
 @contextmanager
-def open_safetensors(path: Path):
+def reading(path, what: str):
+    """Turn whatever goes wrong in reading a file into one line that names it and says `what` it should be."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); get it again") from None
+        yield
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        problem = f"cannot be read as {what} ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        problem = "no such file" if isinstance(error, FileNotFoundError) else problem
+        raise UserError(f"{path}: {problem}; check the name or get it again") from None
+
+@contextmanager
+def open_safetensors(path: Path):
+    with reading(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
+        yield file
+
+def read_json(path: Path) -> dict:
+    with reading(path, "a JSON object"):
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")).items())
 
 def load_tokenizer(folder_or_repo) -> Tokenizer:
     """The tokenizer.json of a folder, a Hub repository or the built-in model."""
     path = locate(folder_or_repo, "tokenizer.json")
-    try:
+    with reading(path, "a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_truncation()  # which some checkpoints store
         tokenizer.no_padding()
         return tokenizer
-    except Exception as error:  # the tokenizers package raises nothing more precise
-        raise UserError(f"{path}: not a tokenizer ({error}); get the file again") from None
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; UserError if the file holds none."""
-    try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")).items())
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read as a JSON object ({error}); check the name or get it again") from None
 
 def replace_file(path: Path, write):
     """Call write(temporary path) and rename: a reader of `path` finds the old file or the new one, never half a one."""
@@ -367,10 +381,16 @@ def replace_file(path: Path, write):
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error}); make room or name another folder") from None
     finally:
-        if part.exists():
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 # ---- What the programs share -----------------------------------------------------------------------------------------
+def keep_freed_memory():
+    """Let glibc keep the memory of freed tensors. By default it goes back to the kernel, which has to map and clear
+    each page again in the next step, up to half of a step's time. The program does not shrink any more."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
+
 def pick_device(name: str, dtype="auto"):
     """(device, type of the frozen weights) for --device auto, cuda, mps or cpu and --dtype auto, float32 or bfloat16.
     auto is bfloat16 where the hardware multiplies it natively: CUDA since Ampere, a CPU that says so (Linux)."""
@@ -378,15 +398,13 @@ def pick_device(name: str, dtype="auto"):
     there = [kind for kind, available in kinds.items() if available]
     try:
         device = torch.empty(0, device=there[0] if name == "auto" else name).device
+        assert device.type in there
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: this machine and this build of torch have {', '.join(there)}") from None
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        cpu = Path("/proc/cpuinfo")
-        native = device.type == "cpu" and cpu.exists() and re.search("avx512_bf16|amx_bf16", cpu.read_text())
-    auto = torch.bfloat16 if native else torch.float32
-    return device, {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    cpu = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and sys.platform == "linux" else ""
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
+        re.search("avx512_bf16|amx_bf16", cpu))
+    return device, getattr(torch, ("bfloat16" if native else "float32") if dtype == "auto" else dtype)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -398,11 +416,9 @@ def exit_on_user_error(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        problem = "not enough memory on the GPU; try a smaller --batch-size, --seq-len or --depth"
-    except UserError as error:
-        problem = " ".join(str(error).split())
-    else:
-        return
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(2)
+    except (UserError, OSError, RuntimeError) as error:  # torch's "out of memory" is a RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        advice = "try a smaller --batch-size, --seq-len or --depth, or --activation-checkpointing on: "
+        print("error:", advice * isinstance(error, RuntimeError) + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
