@@ -1,18 +1,21 @@
 """The README's table of Qwen2.5 sizes: python experiments/sizes.py [--depth 8 --rank 32 --batch-size 2 --seq-len 2048]
 
-Nothing is downloaded or computed: the models are laid out on torch's meta device. The training memory is a count, not a
-measurement: frozen weights in bf16, trained weights with gradient and two moments in float32, every tensor that the
-backward pass keeps, and three copies of the logits (bf16, float32, gradient). Attention scores are left out: CUDA's
-fused attention does not keep them.
+Nothing is downloaded or computed: a training step runs on torch's meta device and the bytes alive are counted: frozen
+weights in bf16, trained weights with gradient and two moments in float32, and every tensor of forward and backward. It
+is the step without torch.compile, with a stand-in for CUDA's fused attention, which keeps no scores.
 """
 
 import argparse
 import sys
+import weakref
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import qwen as qwen_module
 from ouroboros import Ouroboros
 from qwen import Config, Qwen
 
@@ -28,20 +31,59 @@ SIZES = {
 }
 
 
-def kept_for_backward(model, batch_size: int, seq_len: int) -> int:
-    """Bytes of all tensors that one forward keeps for its backward, weights and attention scores left out."""
-    seen = {p.untyped_storage()._cdata: 0 for p in [*model.parameters(), *model.buffers()]}
+class FusedAttention(torch.autograd.Function):
+    """Keeps for its backward what CUDA's kernel keeps."""
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, y)
+        return y
 
-    def keep(t):
-        if t.shape[-2:] != (seq_len, seq_len):
-            seen.setdefault(t.untyped_storage()._cdata, t.untyped_storage().nbytes())
-            alive.append(t)
-        return t
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 
-    alive = []
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model.hidden(torch.zeros(batch_size, seq_len, dtype=torch.int64, device="meta")).sum()
-    return sum(seen.values())
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors alive, and the most there were."""
+    def __init__(self, tensors):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+        self.add(tensors)
+
+    def add(self, tensors):
+        for storage in (t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)):
+            if storage._cdata not in self.alive:
+                self.alive.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+
+    def remove(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.add(tree_leaves(out))
+        return out
+
+
+def training_peak(model, batch_size: int, seq_len: int) -> int:
+    """Bytes at the peak of a training step."""
+    optimizer = torch.optim.AdamW(model.trained_parameters().values())
+
+    def step():
+        ids = torch.zeros(batch_size, seq_len, dtype=torch.int64, device="meta")
+        model.loss(ids, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the moments
+    moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    with Peak([*model.parameters(), *model.buffers(), *moments]) as peak:
+        step()
+    return peak.peak
 
 
 def main():
@@ -49,22 +91,21 @@ def main():
     for name, default in (("depth", 8), ("rank", 32), ("batch-size", 2), ("seq-len", 2048)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    print("| size | layers: kept | trained parameters | whole model, bf16 | training, counted | its licence |")
-    print("|---|---|---|---|---|---|")
+    qwen_module.attend = FusedAttention.apply
+    print("| size | layers: kept | trained parameters | whole model, bf16 | training | with activation checkpointing "
+          "| its licence |\n|" + "---|" * 7)
     for size, (d, inner, layers, heads, kv_heads, vocabulary, tied, licence) in SIZES.items():
         config = Config(vocabulary, d, inner, layers, heads, kv_heads, d // heads, tie_word_embeddings=tied)
         with torch.device("meta"):
             qwen = Qwen(config).to(torch.bfloat16)
             model = Ouroboros(qwen, rank=args.rank, depth=args.depth)
-        count = {True: 0, False: sum(b.numel() for b in model.buffers())}
-        for p in model.parameters():
-            count[p.requires_grad] += p.numel()
-        logits = args.batch_size * args.seq_len * vocabulary * (2 + 4 + 4)
-        kept = kept_for_backward(model, args.batch_size, args.seq_len)
-        training = 2 * count[False] + 16 * count[True] + kept + logits
-        whole = 2 * sum(p.numel() for p in qwen.parameters())
-        print(f"| {size} | {layers}: {len(model.prelude)} + 1 + {len(model.coda)} | {count[True]:,} "
-              f"| {whole / 1e9:.1f} GB | {training / 1e9:.0f} GB | {licence} |")
+        whole, trained = 2 * sum(p.numel() for p in qwen.parameters()), model.trained_parameters().values()
+        del qwen
+        peaks = []
+        for model.checkpointing in (False, True):
+            peaks.append(f"{training_peak(model, args.batch_size, args.seq_len) / 1e9:.1f} GB")
+        cut, count = f"{len(model.prelude)} + 1 + {len(model.coda)}", sum(p.numel() for p in trained)
+        print(f"| {size} | {layers}: {cut} | {count:,} | {whole / 1e9:.1f} GB | {' | '.join(peaks)} | {licence} |")
 
 
 if __name__ == "__main__":
