@@ -552,7 +552,7 @@ def test_no_tensor_holds_all_logits_in_training_or_evaluation():
         model.loss(ids, ids).backward()
         with torch.no_grad():
             model.loss(ids, ids, cut=True)
-    assert largest.elements == 256 * 5000  # of 1024 * 5000
+    assert largest.elements < 1024 * 5000 / 2
 
 
 def test_swiglu_has_the_gradients_of_autograd():
