@@ -234,7 +234,7 @@ def announce_training(model: Ouroboros, batches: Batches, args, device):
             seconds()
         except Exception as error:  # whatever the compiler behind torch.compile raises
             torch.compiler.set_stance("force_eager")
-            print(f"torch.compile does not work here, going on without: {str(error).splitlines()[0]}", flush=True)
+            print(f"torch.compile does not work here, going on without: {(str(error) or repr(error)).splitlines()[0]}")
     hours = min(seconds(), seconds()) * args.accumulation * args.steps / 3600
     model.zero_grad()
     took = f"{hours:.1f} hours" if hours > 1.5 else f"{hours * 60:.0f} min"
