@@ -1,4 +1,4 @@
-"""The Qwen2.5 decoder in plain PyTorch, from one RMSNorm up to a pretrained model that generates text.
+"""The Qwen2.5 decoder in plain PyTorch, from one rotation up to a pretrained model that generates text.
 
 Read it top to bottom. The one thing a plain decoder would not have is the argument `project` of a layer: *how to
 apply a projection*. By default a projection is just applied; ouroboros.py passes a version that modulates it.
@@ -156,8 +156,8 @@ class MLP(nn.Module):
         return project(self.down_proj, inner, DOWN)
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). [B, T, d] -> [B, T, d]. rotary: the tables of the T positions;
-    cache: a KVCache to extend, or None; project: (projection, input, number 0..6) -> output, how each is applied."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); norm(x) = x / rms(x) * weight. [B, T, d] -> [B, T, d]. rotary: of
+    the T positions; cache: a KVCache, or None; project: (projection, input, number 0..6) -> output, to apply each."""
     def __init__(self, c: Config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
