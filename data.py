@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from qwen import UserError, load_tokenizer, locate, reading, replace_file
+from qwen import UserError, handling, load_tokenizer, locate, replace_file
 
 CHUNK = 8_000_000  # characters of text in a chunk, about 2M tokens
 END_OF_TEXT = "<|endoftext|>"
@@ -33,15 +33,13 @@ class PythonSource:
     def __init__(self):
         skip = {"test", "tests", "idle_test", "testing", "site-packages", "dist-packages"}
         self.files = []  # (hash of the path, path): sorted by it, every chunk is a fair sample
-        roots = {"stdlib": Path(json.__file__).parents[1], "torch": Path(torch.__file__).parent}
-        for package, root in roots.items():
+        for package, root in ("stdlib", Path(json.__file__).parents[1]), ("torch", Path(torch.__file__).parent):
             for path in root.rglob("*.py"):
                 below = path.relative_to(root)
                 if path.is_file() and not skip.intersection(below.parts) and not below.name.startswith("test_"):
                     self.files.append((hashlib.sha1(f"{package}/{below.as_posix()}".encode()).hexdigest(), path))
         self.files.sort()
         self.key = [(name, path.stat().st_size) for name, path in self.files]
-
     def chunks(self, split):
         mine = [path for name, path in self.files if (int(name[-4:], 16) % 20 == 0) == (split == "val")]
         return grouped((path.read_text(encoding="utf-8", errors="ignore") for path in mine), CHUNK)
@@ -57,15 +55,13 @@ class TextSource:
             raise UserError(f"{path}: no such file, or no text; --data takes {', '.join(kinds)}, python or fineweb-edu")
         self.own = {split: [p for p in self.files if p.name.split(".")[0] == split] for split in ("train", "val")}
         self.key = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
-
     def chunks(self, split):
         if all(self.own.values()):
             return grouped((document for path in self.own[split] for document in self.documents(path)), CHUNK)
         everything = enumerate(d for path in self.files for d in self.documents(path) if d.strip())
         return grouped((document for n, document in everything if (n % 20 == 0) == (split == "val")), CHUNK)
-
     def documents(self, path):
-        with reading(path, 'text: a .txt is UTF-8, a line of a .jsonl is {"text": "..."}'):
+        with handling(path, 'read as text: a .txt is UTF-8, a line of a .jsonl is {"text": "..."}'):
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
                 if ".jsonl" in path.suffixes:
                     yield from (json.loads(line)["text"].strip() for line in file if line.strip())
@@ -77,18 +73,13 @@ class TextSource:
 
 class FineWebSource:
     """FineWeb-Edu, on the Hub as GPT-2 tokens: 99 shards of 100M, one held out. Decoding gives the very text back."""
-    key = FINEWEB
-
+    key = [FINEWEB, CHUNK]
     def chunks(self, split):
-        gpt2, size = load_tokenizer("openai-community/gpt2"), CHUNK // 4
+        gpt2 = load_tokenizer("openai-community/gpt2")
         for name in ["val_000000"] if split == "val" else [f"train_{i:06d}" for i in range(1, 100)]:
-            tokens, first = read_shard(locate(FINEWEB, f"finewebedu_{name}.bin", repo_type="dataset")), 0
-            starts = np.unique([0, *np.flatnonzero(tokens == 50256), len(tokens)])  # a document's separator comes first
-            while first < len(starts) - 1:  # whole documents, about `size` tokens of them
-                last = max(first + 1, int(np.searchsorted(starts, starts[first] + size, side="right")) - 1)
-                ids = [tokens[a:b].tolist() for a, b in zip(starts[first:last], starts[first + 1 : last + 1])]
-                yield gpt2.decode_batch(ids)
-                first = last
+            tokens = read_shard(locate(FINEWEB, f"finewebedu_{name}.bin", repo_type="dataset"))
+            starts = np.flatnonzero(tokens == 50256)  # the separator comes first in each document
+            yield from grouped((gpt2.decode(document.tolist()) for document in np.split(tokens, starts)), CHUNK)
 
 def read_shard(path: Path) -> np.ndarray:
     """The uint16 tokens of a .bin shard behind its header of 256 int32: magic 20240520, version 1, token count."""
@@ -126,6 +117,8 @@ class Batches:
         self.end = tokenizer.token_to_id(END_OF_TEXT)
         if self.end is None:
             raise UserError(f"the tokenizer has no {END_OF_TEXT} token; use the model's own tokenizer.json")
+        self.largest = max(tokenizer.get_vocab().values())
+        self.dtype = np.uint16 if self.largest < 2**16 else np.uint32
         identity = json.dumps([source.key, split, CHUNK]) + tokenizer.to_str()
         self.folder = cache_folder() / hashlib.sha256(identity.encode()).hexdigest()[:24]
         self.tokens, self.documents, self.complete = [], None, False
@@ -143,17 +136,18 @@ class Batches:
                 replace_file(path, partial(np.save, arr=self.encode(next(self.documents, [])), allow_pickle=False))
             elif self.documents is not None:  # another process was faster
                 next(self.documents, None)
-            with reading(path, "tokens, delete it"):
+            with handling(path, "read as tokens, delete it"):
                 tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+                if tokens.dtype != self.dtype or tokens.ndim != 1 or tokens.max(initial=0) > self.largest:
+                    raise ValueError("not tokens of this tokenizer")
             self.complete = len(tokens) == 0  # an empty file marks the end
             self.tokens += [] if self.complete else [tokens]
         return self.tokens[i] if i < len(self.tokens) else None
 
     def encode(self, documents) -> np.ndarray:
-        dtype = np.uint16 if self.tokenizer.get_vocab_size() <= 2**16 else np.uint32
         documents = [d.encode("utf-8", "replace").decode() for d in documents if d.strip()]  # no lone surrogates
         encodings = self.tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-        return np.concatenate([np.zeros(0, dtype), *(np.array([*e.ids, self.end], dtype) for e in encodings)])
+        return np.concatenate([np.zeros(0, self.dtype), *(np.array([*e.ids, self.end], self.dtype) for e in encodings)])
 
     def sequences(self, i: int) -> int:
         """How many sequences chunk i holds."""

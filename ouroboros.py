@@ -8,25 +8,28 @@
         h     = g * h_new + (1 - g) * h
     h -> coda -> final norm -> lm head -> logits [B,T,V]
 
-The pretrained layers and the bases A, B are frozen; Controller, gate and step norm are trained (arXiv 2604.02051).
-Trained weights are float32. They are cast to the type of the state where they are used, so bf16 needs no autocast.
+The pretrained layers and the bases A, B are frozen; Controller, gate and step norm are trained (arXiv 2604.02051), in
+float32. They are cast to the type of the state where they are used, so bf16 needs no autocast.
 
-Continue a prompt with a trained run: python ouroboros.py runs/NAME --prompt "..."
+To continue a prompt: python ouroboros.py runs/NAME --prompt "..."
 """
 
 import hashlib
 import json
+import sys
+from argparse import SUPPRESS, ArgumentParser
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen import (PROJECTIONS, LanguageModel, Parser, Qwen, UserError, exit_on_user_error, keep_freed_memory,
-                  load_tokenizer, open_safetensors, pick_device, plain, promote, read_json, reading, replace_file)
+from qwen import (PROJECTIONS, LanguageModel, Qwen, UserError, exit_on_user_error, handling, keep_freed_memory,
+                  load_tokenizer, pick_device, plain, promote, replace_file)
 
 MAX_STEPS = 64  # rows of the step embedding, of the static table and of the step norm
 OWN = ("lora", "controller", "gate", "step_norm")  # the parts of the model that are not the base's
@@ -50,7 +53,6 @@ class SVDLoRA(nn.Module):
         self.register_buffer("A", A)
         self.register_buffer("B", B)
         self.scale = alpha / len(A)
-
     def forward(self, x, m):
         return F.linear(F.linear(x, self.A) * (self.scale * m), self.B)
 
@@ -69,7 +71,6 @@ class Controller(nn.Module):
         self.join, self.narrow = Linear(3 * s, 2 * s), Linear(2 * s, s)
         self.heads = Linear(s, len(PROJECTIONS) * rank, bias=False)  # the seven, side by side
         nn.init.zeros_(self.heads.weight)
-
     def forward(self, pooled, t: int):
         p = F.silu(self.reduce(pooled))
         W_p, W_e = self.join.weight.split([p.shape[-1], self.step.embedding_dim], dim=1)  # W [p; e] = W_p p + W_e e,
@@ -82,7 +83,6 @@ class StaticModulation(nn.Module):
     def __init__(self, rank: int):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(MAX_STEPS, len(PROJECTIONS), rank))
-
     def forward(self, h, t: int):
         return self.table[t].to(h.dtype).unbind()
 
@@ -94,7 +94,6 @@ class Gate(nn.Module):
         self.linear = Linear(2 * d, d)
         nn.init.zeros_(self.linear.weight)
         nn.init.constant_(self.linear.bias, -2.0)
-
     def forward(self, h_new, h):
         g = torch.sigmoid(self.linear(torch.cat([h_new, h], dim=-1)))
         return torch.lerp(h, h_new, g)
@@ -104,7 +103,6 @@ class StepNorm(nn.Module):
     def __init__(self, d: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(MAX_STEPS, d)), eps
-
     def forward(self, h, t: int):
         return F.rms_norm(h, h.shape[-1:], self.weight[t].to(h.dtype), self.eps)
 
@@ -234,25 +232,25 @@ class Ouroboros(LanguageModel):
         """What is not the base's: the trained weights and the bases."""
         return {name: t for name, t in self.state_dict().items() if name.split(".")[0] in OWN}
 
-    def save(self, folder):
-        """Write the trained weights and the bases (ouroboros.safetensors) and every switch (config.json)."""
+    def save(self, folder, more=None, **about):
+        """Write the trained weights, the bases and every switch, whole or not at all, to folder/ouroboros.safetensors.
+        more: other tensors, and about: other JSON values, that go with them."""
         config = {"base": self.source, "fingerprint": self.fingerprint(), "layers": self.layers, **self.settings}
-        replace_file(Path(folder) / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-        replace_file(Path(folder) / "ouroboros.safetensors", lambda path: save_file(self.own(), path))
+        tensors, about = self.own() | (more or {}), json.dumps({"model": config, **about})
+        metadata = {"about": about, "sha256": checksum(tensors, about)}
+        replace_file(Path(folder) / "ouroboros.safetensors", lambda part: save_file(tensors, part, metadata))
 
     @classmethod
-    def load(cls, folder, base=None, dtype=torch.float32, device="cpu") -> "Ouroboros":
+    def load(cls, folder, base=None, dtype=torch.float32, device="cpu", checkpoint=None) -> "Ouroboros":
         """The model that save wrote. Only the kept layers of its base are read (base: where it lies now, if it moved).
-        Raises UserError if the folder is damaged or the base is another model than the one it was trained on."""
-        config = read_json(Path(folder) / "config.json")
-        with open_safetensors(Path(folder) / "ouroboros.safetensors") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        with reading(folder, "a whole run on this base"):
+        checkpoint: what read_checkpoint(folder) gave, if it has been read. Raises UserError if the folder is damaged or
+        the base is another model than the one it was trained on."""
+        tensors, about = checkpoint or read_checkpoint(folder)
+        with handling(folder, "read as a whole run on this base"):
+            config = dict(about["model"])
             saved_base, fingerprint, L = (config.pop(key) for key in ("base", "fingerprint", "layers"))
             kept = [*range(config["prelude"]), config["recurrent"], *range(L - config["coda"], L)]
-        qwen = Qwen.from_pretrained(base or saved_base, dtype, device, layers=kept)
-        with reading(folder, "a whole run on this base"):
-            model = cls(qwen, **config)
+            model = cls(Qwen.from_pretrained(base or saved_base, dtype, device, layers=kept), **config)
             if absent := {*model.load_state_dict(tensors, strict=False).missing_keys} & model.own().keys():
                 raise KeyError(min(absent))
         if model.fingerprint() != fingerprint:
@@ -261,15 +259,35 @@ class Ouroboros(LanguageModel):
 
     def fingerprint(self) -> str:
         """A hash of values from every frozen tensor of the base, the same for each type and device it is loaded in."""
-        digest = hashlib.sha256()
-        for name, p in self.named_parameters():
-            if not p.requires_grad:
-                sample = p.detach().flatten()[:: max(1, p.numel() // 1024)].to("cpu", torch.bfloat16).contiguous()
-                digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        frozen = {name: p.flatten() for name, p in self.named_parameters() if not p.requires_grad}
+        return checksum({name: p[:: max(1, len(p) // 1024)].bfloat16() for name, p in frozen.items()}, "")[:16]
+
+def checksum(tensors: dict, about: str) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {[*t.shape]}".encode())
+        digest.update(t.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+def read_checkpoint(folder) -> tuple[dict, dict]:
+    """(tensors, about) that save wrote: to this folder or, if it is a run's, as its newest checkpoint that is whole.
+    What is damaged is named on stderr. Raises UserError if nothing whole is left."""
+    places = sorted(Path(folder).glob("step-*"), reverse=True) or [Path(folder)]
+    for place in places:
+        try:
+            path = place / "ouroboros.safetensors"
+            with handling(path, "read as a whole checkpoint"), safe_open(path, framework="pt") as file:
+                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+                if checksum(tensors, metadata["about"]) != metadata["sha256"]:
+                    raise ValueError("its checksum does not fit")
+                return tensors, json.loads(metadata["about"])
+        except UserError as error:
+            if place == places[-1]:
+                raise
+            print(f"{error}; taking the checkpoint before it", file=sys.stderr)
 
 def main():
-    parser = Parser(description="Continue a prompt with a trained run.")
+    parser = ArgumentParser(description="Continue a prompt with a trained run.", usage=SUPPRESS)
     option = parser.add_argument
     option("run", help="folder that train.py wrote, such as runs/NAME")
     option("--prompt", required=True, help="text to continue")
@@ -278,13 +296,11 @@ def main():
     option("--depth", type=int, help="steps of the loop (default: as trained)")
     option("--base", help="where the base model lies, if it moved")
     option("--device", default="auto", help="cuda, mps or cpu (default: the first of these there is)")
-    option("--seed", type=int, default=0, help="for temperatures above 0")
     args = parser.parse_args()
     keep_freed_memory()
-    torch.manual_seed(args.seed)
     device, dtype = pick_device(args.device)
     model = Ouroboros.load(args.run, args.base, dtype, device)
-    tokenizer = load_tokenizer(args.base or model.source)
+    tokenizer = load_tokenizer(args.base or model.source, model.config.vocab_size)
     ids = tokenizer.encode(args.prompt.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
     if not ids:
         raise UserError("--prompt is empty; give at least one character")

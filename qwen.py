@@ -2,19 +2,17 @@
 
 Read it top to bottom. The one thing a plain decoder would not have is the argument `project` of a layer: *how to
 apply a projection*. By default a projection is just applied; ouroboros.py passes a version that modulates it.
-
 Letters in the shape comments: B sequences, T tokens, d hidden_size, H heads of D channels, V vocabulary.
 """
 
-import argparse
 import ctypes
 import json
+import math
 import os
 import re
 import sys
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import count, repeat
 from pathlib import Path
@@ -22,8 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -37,42 +35,30 @@ class UserError(Exception):
     """Something the person at the keyboard can mend, one line that says what to do. Programs exit with code 2."""
 
 # ---- The decoder -----------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Config:
-    """What a forward pass needs of a Hub config.json, under the Hub's names."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False
-    attention_bias: bool = True  # of q, k and v; the checkpoint has the last word
-    eos_token_id: tuple[int, ...] = ()
-
+class Config(namedtuple("Config", "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+                        "num_key_value_heads head_dim rms_norm_eps rope_theta tie_word_embeddings attention_bias "
+                        "eos_token_id", defaults=(1e-6, 10000.0, False, True, ()))):
+    """What a forward pass needs of a Hub config.json, under the Hub's names. attention_bias: of q, k and v."""
     @classmethod
     def from_json(cls, path: Path) -> "Config":
         """Read config.json. UserError for what this decoder cannot run: another architecture, rope scaling, windows."""
-        raw = read_json(path)
-        with reading(path, "the config.json of a Qwen2.5 model"):
-            rope, eos = raw.get("rope_parameters") or raw.get("rope_scaling") or {}, raw.get("eos_token_id")
-            known = {"model_type": "qwen2", "hidden_act": "silu", "rope_type": "default", "use_sliding_window": False}
-            asked = {"model_type": None, "rope_type": rope.get("type", "default"), **raw, **rope}
-            if other := {key: asked[key] for key in known if asked.get(key, known[key]) != known[key]}:
+        raw = {"model_type": None, **cls._field_defaults, **read_json(path)}
+        with handling(path, "read as the config.json of a Qwen2.5 model"):
+            raw |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            known = {"model_type": "qwen2", "hidden_act": "silu", "rope_type": "default", "type": "default",
+                     "use_sliding_window": False}
+            if other := {key: raw[key] for key in known if raw.get(key, known[key]) != known[key]}:
                 raise UserError(f"{path}: {other}: this program runs the plain Qwen2.5 decoder; name another model")
-            raw = {"num_key_value_heads": raw["num_attention_heads"], **raw, **rope}
             raw["head_dim"] = raw.get("head_dim") or int(raw["hidden_size"]) // int(raw["num_attention_heads"])
-            sizes = {f.name: int(raw[f.name]) for f in fields(cls)[:7]}
-            numbers = {name: float(raw.get(name, getattr(cls, name))) for name in ("rms_norm_eps", "rope_theta")}
-            config = cls(**sizes, **numbers, tie_word_embeddings=raw.get("tie_word_embeddings") is True,
-                         eos_token_id=tuple(int(e) for e in (eos if isinstance(eos, list) else [eos]) if e is not None))
-            if min(*sizes.values(), *numbers.values()) <= 0 or config.head_dim % 2 or (
-                    config.num_attention_heads % config.num_key_value_heads):
-                raise ValueError(f"sizes that do not fit together: {sizes | numbers}")
-            return config
+            raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
+            c = {name: (int if i < 7 else float)(raw[name]) for i, name in enumerate(cls._fields[:9])}
+            if not all(0 < x < math.inf for x in c.values()) or c["head_dim"] % 2 or c["num_hidden_layers"] > 999 or (
+                    c["num_attention_heads"] % c["num_key_value_heads"]):
+                raise ValueError(f"sizes that do not fit together: {c}")
+            eos = raw["eos_token_id"]
+            ends = [eos] if isinstance(eos, int) else eos or ()
+            return cls(**c, tie_word_embeddings=raw["tie_word_embeddings"] is True,
+                       eos_token_id=tuple(e for e in map(int, ends) if 0 <= e < c["vocab_size"]))
 
 def promote(x):
     """x in float32 or, if it is float64 already, as it is: bf16 is too coarse for sums."""
@@ -120,28 +106,14 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-
     def forward(self, x, rotary, cache=None, project=plain):
         B, T, _ = x.shape
-        q = project(self.q_proj, x, Q).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, D]
-        k = project(self.k_proj, x, K).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H_kv, T, D]
-        v = project(self.v_proj, x, V).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = project(self.q_proj, x, Q), project(self.k_proj, x, K), project(self.v_proj, x, V)
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))  # [B, H or H_kv, T, D]
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.append(k, v)
         return project(self.o_proj, attend(q, k, v).transpose(1, 2).reshape(B, T, -1), O)
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. For the backward pass it keeps its inputs only, where autograd would keep silu(gate) too."""
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)). [B, T, d] -> [B, T, d]"""
@@ -150,9 +122,8 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-
     def forward(self, x, project=plain):
-        inner = SwiGLU.apply(project(self.gate_proj, x, GATE), project(self.up_proj, x, UP))
+        inner = F.silu(project(self.gate_proj, x, GATE)) * project(self.up_proj, x, UP)
         return project(self.down_proj, inner, DOWN)
 
 class DecoderLayer(nn.Module):
@@ -164,21 +135,17 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(c)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
-
     def forward(self, x, rotary, cache=None, project=plain):
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache, project)
         return x + self.mlp(self.post_attention_layernorm(x), project)
 
 class KVCache:
-    """What generation keeps of a layer call: the keys and values, [B, H_kv, T, D] each, of the tokens so far, their
-    number and, for a turn of the loop, the sum of its inputs."""
+    """Of a layer call, the keys and values [B, H_kv, T, D] of the tokens so far, how many, the sum of its inputs."""
     keys = values = None
     length = input_sum = 0
-
     def append(self, k, v):
         """Add tokens; return all keys and values so far."""
-        if self.length:
-            k, v = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
+        k, v = (torch.cat([old, new], dim=2) if self.length else new for old, new in ((self.keys, k), (self.values, v)))
         self.keys, self.values, self.length = k, v, k.shape[2]
         return k, v
 
@@ -201,7 +168,6 @@ class HeadLoss(torch.autograd.Function):
             del log_p  # before the next chunk needs the memory
         ctx.save_for_backward(grad, share)
         return loss
-
     @staticmethod
     def backward(ctx, grad_loss):
         grad, share = ctx.saved_tensors
@@ -230,8 +196,7 @@ class LanguageModel(nn.Module):
 
     def loss(self, ids, targets, **how):
         """Mean cross entropy, in nats, of targets [B, T] already aligned with ids [B, T]; -100 does not count."""
-        if torch.is_grad_enabled() and self.head.requires_grad:
-            raise NotImplementedError("no gradient for the head here: freeze it, or take cross_entropy of all logits")
+        assert not (torch.is_grad_enabled() and self.head.requires_grad), "freeze the head: it gets no gradient here"
         return HeadLoss.apply(self.hidden(ids, **how).flatten(0, 1), self.head, targets.flatten())
 
     @torch.no_grad()
@@ -239,15 +204,14 @@ class LanguageModel(nn.Module):
         """Continue prompts of one length: ids [B, T] -> [B, T + n], n <= max_new_tokens; the likeliest token at
         temperature 0, else sampled. Stops when all have met one of the config's end tokens; who met it is filled up."""
         cache, new = defaultdict(KVCache) if self.cacheable else None, ids
-        ends = torch.tensor(self.config.eos_token_id, dtype=torch.int64, device=ids.device)
+        ends, pad = torch.tensor(self.config.eos_token_id, device=ids.device), (*self.config.eos_token_id, 0)[0]
         done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for _ in range(max_new_tokens):
             logits = promote(F.linear(self.hidden(new, cache=cache, **how)[:, -1], self.head))  # [B, V]
             likeliest = logits.argmax(-1, keepdim=True)
             new = torch.multinomial((logits / temperature).softmax(-1), 1) if temperature > 0 else likeliest
-            if len(ends):
-                new = torch.where(done, ends[0], new)
-                done |= torch.isin(new, ends)
+            new = torch.where(done, pad, new)
+            done |= torch.isin(new, ends)
             ids = torch.cat([ids, new], dim=1)
             if done.all():
                 break
@@ -278,25 +242,24 @@ class Qwen(LanguageModel):
         """Load config.json and the safetensors weights of a folder, of a Hub repository or of the built-in "tiny".
         layers: the only ones to load (default: all). UserError for a checkpoint it cannot run, or a damaged one."""
         name, config = str(folder_or_repo), Config.from_json(locate(folder_or_repo, "config.json"))
-        files, all_layers = tensor_files(folder_or_repo), {*range(config.num_hidden_layers)}
-        unwanted = all_layers.difference(layers or all_layers)
-        with torch.device("meta"):  # laid out without memory; the tensors loaded take the places
-            model = cls(replace(config, attention_bias=any(".0.self_attn.q_proj.bias" in key for key in files)))
-            for i in unwanted:
-                model.layers[i] = nn.Identity()
-        model.source = str(Path(name).resolve()) if Path(name).is_dir() and name not in BUILT_IN else name
-        tied, tensors = config.tie_word_embeddings, {}
-        for path in sorted(set(files.values())):
-            with open_safetensors(path) as file:
+        unwanted = {*range(config.num_hidden_layers)}.difference(layers or range(config.num_hidden_layers))
+        tensors, tied = {}, config.tie_word_embeddings
+        for path in weight_files(folder_or_repo):
+            with handling(path, "read as a whole safetensors file"), safe_open(path, framework="pt") as file:
                 for key in file.keys():
                     ours = key.removeprefix("model.")
                     layer = re.match(r"layers\.(\d+)\.", ours)
                     surplus = ours.endswith("rotary_emb.inv_freq") or ours == "lm_head.weight" and tied
                     if not surplus and not (layer and int(layer[1]) in unwanted):
-                        tensors[ours] = file.get_tensor(key)  # mapped from the file
-        tensors = {name: t.to(device, dtype, copy=True) for name, t in tensors.items()}
-        with reading(name, "weights of the shapes in its config.json"):
-            model.requires_grad_(False).eval().load_state_dict(tensors, assign=True)
+                        tensors[ours] = file.get_tensor(key).to(device, dtype, copy=True)  # it was mapped from the file
+        with handling(name, "read as weights of the shapes in its config.json"):
+            with torch.device("meta"):  # laid out without memory; the tensors loaded take the places
+                biases = any(key.endswith("q_proj.bias") for key in tensors)
+                model = cls(config._replace(attention_bias=biases)).requires_grad_(False).eval()
+                for i in unwanted:
+                    model.layers[i] = nn.Identity()
+            model.load_state_dict(tensors, assign=True)
+        model.source = str(Path(name).resolve()) if Path(name).is_dir() and name not in BUILT_IN else name
         return model
 
 # ---- Files, from a folder or from the Hub ----------------------------------------------------------------------------
@@ -313,10 +276,8 @@ def locate(folder_or_repo, filename: str, repo_type="model", required=True) -> P
     else:
         try:
             return Path(hf_hub_download(name, filename, repo_type=repo_type))
-        except GatedRepoError:
-            problem = f"{name}: the Hub asks you to accept this repository's terms and to log in (hf auth login)"
         except RepositoryNotFoundError:
-            problem = f"{name}: neither a folder here nor a {repo_type} on the Hub; check the name"
+            problem = f"{name}: no folder here and no {repo_type} on the Hub that you may read; check the name, log in"
         except LocalEntryNotFoundError:  # the network, not the repository: a kind of EntryNotFoundError all the same
             problem = f"{name}: the Hub cannot be reached and {filename} is not in the cache; try again when online"
         except EntryNotFoundError:
@@ -327,66 +288,61 @@ def locate(folder_or_repo, filename: str, repo_type="model", required=True) -> P
     if required:
         raise UserError(problem)
 
-def tensor_files(folder_or_repo) -> dict[str, Path]:
-    """The file of each tensor: all in model.safetensors, or spread as model.safetensors.index.json says."""
+def weight_files(folder_or_repo) -> list[Path]:
+    """The files of the weights: model.safetensors, or what model.safetensors.index.json names."""
     index = locate(folder_or_repo, "model.safetensors.index.json", required=False)
     if index is None:
-        path = locate(folder_or_repo, "model.safetensors")
-        with open_safetensors(path) as file:
-            return dict.fromkeys(file.keys(), path)
-    weight_map = read_json(index).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
-    if not all(isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names):
-        raise UserError(f"{index}: its weight_map does not name safetensors files beside it; get the file again")
-    paths = {name: locate(folder_or_repo, name) for name in sorted(names)}
-    return {tensor: paths[name] for tensor, name in weight_map.items()}
+        return [locate(folder_or_repo, "model.safetensors")]
+    with handling(index, "read as an index of safetensors files beside it"):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if not all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names):
+            raise ValueError(f"it names {names}")
+    return [locate(folder_or_repo, name) for name in names]
 
 @contextmanager
-def reading(path, what: str):
-    """Turn whatever goes wrong in reading a file into one line that names it and says `what` it should be."""
+def handling(path, aim: str):
+    """Turn whatever goes wrong with a file into one line that names it. aim: what is done to it: "read as ..."."""
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError):
             raise
-        problem = f"cannot be read as {what} ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-        problem = "no such file" if isinstance(error, FileNotFoundError) else problem
-        raise UserError(f"{path}: {problem}; check the name or get it again") from None
-
-@contextmanager
-def open_safetensors(path: Path):
-    with reading(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
-        yield file
+        reason, wrong = " ".join(str(error).split())[:300], f"cannot be {aim} ({type(error).__name__}: "
+        wrong = "no such file" if isinstance(error, FileNotFoundError) else f"{wrong}{reason})"
+        advice = "make room or name another folder" if aim == "written" else "check the name or get it again"
+        raise UserError(f"{path}: {wrong}; {advice}") from None
 
 def read_json(path: Path) -> dict:
-    with reading(path, "a JSON object"):
+    with handling(path, "read as a JSON object"):
         return dict(json.loads(Path(path).read_text(encoding="utf-8")).items())
 
-def load_tokenizer(folder_or_repo) -> Tokenizer:
-    """The tokenizer.json of a folder, a Hub repository or the built-in model."""
+def load_tokenizer(folder_or_repo, vocab_size=math.inf) -> Tokenizer:
+    """The tokenizer.json of a folder, a Hub repository or the built-in model, for a model of so many tokens."""
     path = locate(folder_or_repo, "tokenizer.json")
-    with reading(path, "a tokenizer"):
+    with handling(path, "read as a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_truncation()  # which some checkpoints store
         tokenizer.no_padding()
+        if max(tokenizer.get_vocab().values()) >= vocab_size:
+            raise ValueError(f"it has tokens beyond the {vocab_size} of the model")
         return tokenizer
 
 def replace_file(path: Path, write):
     """Call write(temporary path) and rename: a reader of `path` finds the old file or the new one, never half a one."""
     part = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
+    with handling(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); make room or name another folder") from None
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            write(part)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())  # else a power cut may keep the new name and lose what it names
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 # ---- What the programs share -----------------------------------------------------------------------------------------
 def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors. By default it goes back to the kernel, which has to map and clear
-    each page again in the next step, up to half of a step's time. The program does not shrink any more."""
+    """Let glibc keep the memory of freed tensors: mapping and clearing it again takes up to half of a step's time."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
@@ -394,21 +350,15 @@ def keep_freed_memory():
 def pick_device(name: str, dtype="auto"):
     """(device, type of the frozen weights) for --device auto, cuda, mps or cpu and --dtype auto, float32 or bfloat16.
     auto is bfloat16 where the hardware multiplies it natively: CUDA since Ampere, a CPU that says so (Linux)."""
-    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [kind for kind, available in kinds.items() if available]
-    try:
-        device = torch.empty(0, device=there[0] if name == "auto" else name).device
-        assert device.type in there
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: this machine and this build of torch have {', '.join(there)}") from None
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    name = there[0] if name == "auto" else name
+    if name.partition(":")[0] not in there:
+        raise UserError(f"--device {name}: this machine and this build of torch have {', '.join(there)}")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)  # torchrun: one each
     cpu = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and sys.platform == "linux" else ""
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
         re.search("avx512_bf16|amx_bf16", cpu))
     return device, getattr(torch, ("bfloat16" if native else "float32") if dtype == "auto" else dtype)
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; {self.prog} --help lists what there is")
 
 def exit_on_user_error(main):
     """Run a program; what its user can mend is one line on stderr and exit code 2, not a traceback."""
@@ -419,6 +369,6 @@ def exit_on_user_error(main):
     except (UserError, OSError, RuntimeError) as error:  # torch's "out of memory" is a RuntimeError
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        advice = "try a smaller --batch-size, --seq-len or --depth, or --activation-checkpointing on: "
+        advice = "try a smaller --batch-size, --seq-len or --depth, or --activation-checkpointing: "
         print("error:", advice * isinstance(error, RuntimeError) + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

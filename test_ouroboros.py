@@ -16,6 +16,7 @@ from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +31,9 @@ from torch.utils._pytree import tree_leaves
 import data
 import train
 from data import Batches, PythonSource, TextSource, open_source
-from ouroboros import Controller, Gate, Ouroboros, default_cut, prefix_mean, sequence_mean, svd_bases
-from qwen import (PROJECTIONS, Config, HeadLoss, KVCache, Qwen, SwiGLU, UserError, attend, exit_on_user_error,
+from ouroboros import (Controller, Gate, Ouroboros, default_cut, prefix_mean, read_checkpoint, sequence_mean,
+                       svd_bases)
+from qwen import (PROJECTIONS, Config, HeadLoss, KVCache, Qwen, UserError, attend, exit_on_user_error,
                   rotary_tables, rotate)
 
 HERE = Path(__file__).resolve().parent
@@ -66,7 +68,7 @@ def tokens(B=2, T=12, seed=1, vocabulary=97):
 def folder_of(qwen: Qwen, folder: Path, **changes):
     """Write a Qwen as a Hub folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    c = vars(qwen.config)
+    c = qwen.config._asdict()
     config = {**{k: v for k, v in c.items() if k not in ("attention_bias", "eos_token_id")}, "model_type": "qwen2",
               "eos_token_id": list(qwen.config.eos_token_id) or None, "architectures": ["Qwen2ForCausalLM"],
               "hidden_act": "silu", "use_sliding_window": False, "max_position_embeddings": 512, **changes}
@@ -127,7 +129,7 @@ def test_tiny_gives_the_stored_logits_that_transformers_gave():
 
 
 def test_untied_heads_shards_and_the_absence_of_biases_are_read_as_the_checkpoint_says(tmp_path):
-    config = Config(**{**vars(SMALL), "tie_word_embeddings": False, "attention_bias": False})
+    config = Config(**{**SMALL._asdict(), "tie_word_embeddings": False, "attention_bias": False})
     qwen = small_qwen(config=config)
     folder, ids = folder_of(qwen, tmp_path / "one"), tokens()
     expected = qwen(ids)
@@ -177,7 +179,7 @@ def test_rope_theta_is_read_at_the_top_and_inside_rope_parameters(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"model_type": "llama"}, "'model_type': 'llama'"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'rope_type': 'yarn'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'type': 'yarn'"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "'rope_type': 'yarn'"),
     ({"use_sliding_window": True, "max_window_layers": 2}, "'use_sliding_window': True"),
     ({"hidden_size": "wide"}, "cannot be read as the config.json"),
@@ -214,7 +216,7 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
     folder = folder_of(small_qwen(), tmp_path / "model")
     index = {"weight_map": {"model.norm.weight": "../model/model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="does not name safetensors files beside it"):
+    with pytest.raises(UserError, match="index of safetensors files beside it"):
         Qwen.from_pretrained(folder)
 
 
@@ -256,7 +258,7 @@ def test_a_cache_can_be_fed_in_pieces():
 def test_generation_stops_at_an_end_token_and_samples_by_temperature():
     qwen, ids = small_qwen(), tokens(B=1)
     free = qwen.generate(ids, 12)[0, 12:].tolist()
-    ending = Config(**{**vars(SMALL), "eos_token_id": (free[3], 96)})
+    ending = Config(**{**SMALL._asdict(), "eos_token_id": (free[3], 96)})
     assert small_qwen(config=ending).generate(ids, 12)[0, 12:].tolist() == free[: free.index(free[3]) + 1]
     torch.manual_seed(0)
     draws = torch.stack([qwen.generate(ids, 4, temperature=5.0) for _ in range(5)])
@@ -504,7 +506,7 @@ def test_a_saved_model_is_refused_on_another_base_and_when_damaged(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(UserError, match="ouroboros.safetensors: cannot be read as a whole"):
         Ouroboros.load(tmp_path / "run", base=moved)
-    with pytest.raises(UserError, match="config.json: no such file"):
+    with pytest.raises(UserError, match="ouroboros.safetensors: no such file"):
         Ouroboros.load(tmp_path / "nothing")
 
 
@@ -533,7 +535,7 @@ def test_the_loss_in_chunks_is_the_cross_entropy_of_all_logits():
     loss = HeadLoss.apply(h, head, targets)
     assert abs(loss - expected) < 1e-6 * expected
     assert relative(torch.autograd.grad(3 * loss, h)[0], gradient) < 1e-6
-    with pytest.raises(NotImplementedError, match="freeze it"):
+    with pytest.raises(AssertionError, match="freeze the head"):
         Qwen(SMALL).loss(tokens(), tokens())
 
 
@@ -546,19 +548,13 @@ def test_no_tensor_holds_all_logits_in_training_or_evaluation():
             self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
             return out
 
-    config = Config(**{**vars(SMALL), "vocab_size": 5000})
+    config = Config(**{**SMALL._asdict(), "vocab_size": 5000})
     model, ids = Ouroboros(small_qwen(config=config), 2, 3, 2, rank=4, depth=2), tokens(2, 512)
     with Largest() as largest:
         model.loss(ids, ids).backward()
         with torch.no_grad():
             model.loss(ids, ids, cut=True)
     assert largest.elements < 1024 * 5000 / 2
-
-
-def test_swiglu_has_the_gradients_of_autograd():
-    gate, up = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    assert torch.equal(SwiGLU.apply(gate, up), F.silu(gate) * up)
-    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
 
 
 @pytest.mark.parametrize("T, S", [(12, 12), (1, 12), (5, 12)])
@@ -737,11 +733,19 @@ def test_a_text_that_cannot_be_used_is_one_clear_error(name, content, message, t
 # train.py and ouroboros.py as commands, the Hub included
 
 
-def run(*arguments, env=None, cwd=None, timeout=120):
-    """Run a program of ours as a user does."""
+def start(*arguments, env=None, cwd=None):
+    """Start a program of ours as a user does, or a module."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    command = [sys.executable, str(HERE / arguments[0]), *map(str, arguments[1:])]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    program = ["-m", arguments[0]] if arguments[0].startswith("torch.") else [str(HERE / arguments[0])]
+    command = [sys.executable, *program, *map(str, arguments[1:])]
+    return subprocess.Popen(command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def run(*arguments, timeout=120, **where):
+    with start(*arguments, **where) as process:
+        out, error = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, error)
 
 
 QUICK = ["--depth", 2, "--rank", 4, "--steps", 6, "--seq-len", 32, "--batch-size", 4, "--eval-sequences", 4]
@@ -750,11 +754,23 @@ QUICK = ["--depth", 2, "--rank", 4, "--steps", 6, "--seq-len", 32, "--batch-size
 @pytest.fixture
 def pretrained(tmp_path):
     """A folder with a small random model, its tokenizer and a text of its own."""
-    config = Config(**{**vars(SMALL), "vocab_size": 400, "eos_token_id": (0,)})
+    config = Config(**{**SMALL._asdict(), "vocab_size": 400, "eos_token_id": (0,)})
     folder = folder_of(small_qwen(config=config), tmp_path / "model")
     TOKENIZER.save(str(folder / "tokenizer.json"))
     write_text(tmp_path / "text.txt", 400)
     return folder
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_end(*runs):
+    """Bit for bit the same weights, moments and step, and the same loss at every step."""
+    (tensors, about), (others, other) = map(read_checkpoint, runs)
+    assert tensors.keys() == others.keys() and about["step"] == other["step"]
+    assert not [name for name in tensors if not torch.equal(tensors[name], others[name])]
+    assert losses(runs[0]) == losses(runs[1])
 
 
 def test_training_lowers_the_held_out_loss_and_leaves_everything_behind(pretrained, tmp_path):
@@ -780,25 +796,6 @@ def test_training_lowers_the_held_out_loss_and_leaves_everything_behind(pretrain
     assert taken.returncode == 2 and "nothing saved is overwritten" in taken.stderr
 
 
-def test_ctrl_c_saves_what_there_is_and_resuming_gives_the_run_left_alone(pretrained, tmp_path):
-    common = ["--model", pretrained, "--data", tmp_path / "text.txt", *QUICK, "--steps", 400]
-    assert run("train.py", *common, "--out", tmp_path / "alone").returncode == 0
-    process = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, common), "--out", tmp_path / "stopped"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "stopped" / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") > 20):
-        assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and f"--resume {tmp_path / 'stopped'}" in out
-    assert run("train.py", "--resume", tmp_path / "stopped").returncode == 0
-    for name, t in load_file(tmp_path / "alone" / "ouroboros.safetensors").items():
-        assert torch.equal(t, load_file(tmp_path / "stopped" / "ouroboros.safetensors")[name]), name
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / r / "log.jsonl").read_text().splitlines()]
-              for r in ("alone", "stopped")]
-    assert losses[0] == losses[1]
-
-
 def test_without_a_working_compiler_it_says_so_in_one_line_and_goes_on(pretrained, tmp_path):
     broken = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
     result = run("train.py", "--model", pretrained, "--data", tmp_path / "text.txt", *QUICK, "--steps", 2,
@@ -811,10 +808,11 @@ def test_without_a_working_compiler_it_says_so_in_one_line_and_goes_on(pretraine
     (["--depth", 0], "--depth"), (["--depth", 65], "depth 65"), (["--rank", 65], "rank 65 does not fit"),
     (["--rank", "many"], "--rank"), (["--model", "nowhere"], "no such folder"), (["--data", "no.txt"], "no such file"),
     (["--prelude", 11], "is no cut"), (["--device", "tpu"], "--device tpu"), (["--pool", "max"], "--pool"),
-    (["--eval", "nowhere"], "args.json"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--x"], "--x"),
+    (["--eval", "nowhere"], "nowhere/ouroboros.safetensors: no such file"), (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"), (["--x"], "--x"),
     (["--seed", "-1"], "--seed"), (["--resume", "a", "--eval", "b"], "not allowed with"),
     (["--modulation", "none", "--no-gate", "--no-step-norm"], "nothing is left to train"),
-    (["--resume", "nowhere", "--rank", 4], "--rank cannot change")])
+    (["--resume", "nowhere", "--rank", 4], "nowhere/ouroboros.safetensors: no such file")])
 def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = [] if {"--eval", "--resume"} & {*arguments} else ["--data", write_text(tmp_path / "text.txt", 400)]
@@ -823,14 +821,235 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, tmp_pa
         exit_on_user_error(train.main)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and message in error
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert re.match("(train.py: )?error: ", error) and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
 def test_the_programs_exit_with_code_2_and_one_line():
     for command in (["train.py", "--eval", "nowhere"], ["ouroboros.py", "nowhere", "--prompt", "x"], ["ouroboros.py"]):
         result = run(*command)
-        assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert result.returncode == 2 and re.match("(ouroboros.py: )?error: ", result.stderr)
+        assert result.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run that can be trusted: stopped, killed, damaged, starved, spread over processes
+
+
+def stop_at(process, out, row, *signals):
+    """Send the signals when the log has so many rows; return the exit code and what was printed."""
+    log = out / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= row):
+        assert process.poll() is None, process.communicate()
+    for number in signals:
+        process.send_signal(number)
+    printed = "".join(process.communicate(timeout=120))
+    return process.returncode, printed
+
+
+def common(pretrained, steps=200):
+    return ["--model", pretrained, "--data", pretrained.parent / "text.txt", *QUICK, "--steps", steps]
+
+
+def test_a_run_stopped_and_killed_and_resumed_ends_bit_for_bit_as_the_one_left_alone(pretrained, tmp_path):
+    alone, out = tmp_path / "alone", tmp_path / "stopped"
+    assert run("train.py", *common(pretrained), "--out", alone).returncode == 0
+    code, printed = stop_at(start("train.py", *common(pretrained), "--out", out), out, 21, signal.SIGINT)
+    assert code == 130 and f"python train.py --resume {out}" in printed
+    resume = ["train.py", "--resume", out]
+    assert stop_at(start(*resume, "--save-every", 7), out, 50, signal.SIGKILL)[0] == -signal.SIGKILL
+    code, printed = stop_at(start(*resume), out, 90, signal.SIGTERM)
+    assert code == 143 and f"--resume {out}" in printed
+    assert stop_at(start(*resume), out, 130, signal.SIGINT, signal.SIGINT)[0] == 130
+    (out / "log.jsonl").open("a").write('{"step": 4')  # a line that a kill cut short
+    assert run(*resume).returncode == 0
+    assert_same_end(alone, out)
+    assert len(list(out.glob("step-*"))) == 2 and not list(out.rglob("*.part*"))
+    again = run(*resume)  # nothing is left to do but to show the results again
+    assert again.returncode == 0 and "gap recovered" in again.stdout
+
+
+def test_before_its_first_checkpoint_a_killed_run_can_be_started_again(pretrained, tmp_path):
+    part = tmp_path / "run" / "step-0000000" / "ouroboros.123.part.safetensors"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"half")
+    assert "no such file" in run("train.py", "--resume", tmp_path / "run").stderr
+    assert run("train.py", *common(pretrained, 2), "--out", tmp_path / "run").returncode == 0
+
+
+def test_what_may_change_on_the_way_changes_and_the_rest_is_refused(pretrained, tmp_path):
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    assert run("train.py", *common(pretrained, 6), "--out", out).returncode == 0
+    for changed, message in [(["--rank", 5], "--rank cannot change"), (["--model", "tiny"], "--model cannot change"),
+                             (["--no-gate"], "--gate cannot change"), (["--seed", 1], "--seed cannot change"),
+                             (["--batch-size", 2], "--batch-size times --accumulation must stay 4"),
+                             (["--out", "x"], "--out cannot change")]:
+        refused = run("train.py", "--resume", out, *changed)
+        assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+    changes = ["--steps", 9, "--eval-every", 2, "--batch-size", 2, "--accumulation", 2, "--rank", 4]
+    assert run("train.py", "--resume", out, *changes).returncode == 0
+    assert run("train.py", *common(pretrained, 9), "--eval-every", 2, "--out", alone).returncode == 0
+    assert len(losses(out)) == 9 and json.loads((out / "args.json").read_text())["steps"] == 9
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "held_out" in row] == [1, 2, 3, 4, 5, 6, 8, 9]
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    """A run's folder with checkpoints of two models, and what the earlier one holds."""
+    base, run = folder_of(small_qwen(), tmp_path / "base"), tmp_path / "run"
+    for step in (1, 2):
+        model = Ouroboros(Qwen.from_pretrained(base), 2, 3, 2, rank=4, depth=step)
+        model.save(run / f"step-000000{step}", {"more": torch.arange(3)}, step=step)
+    return run
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(two_checkpoints, capsys):
+    path = two_checkpoints / "step-0000002" / "ouroboros.safetensors"
+    whole, (tensors, about) = path.read_bytes(), read_checkpoint(two_checkpoints)
+    assert about["step"] == 2 and not capsys.readouterr().err
+    rng, recognised = np.random.default_rng(0), 0
+    for damage in [*range(60), "truncated", "longer", "missing"]:
+        broken = bytearray(whole)
+        if isinstance(damage, int):
+            broken[rng.integers(len(whole) if damage % 2 else 3000)] ^= 1 << rng.integers(8)
+        path.unlink() if damage == "missing" else path.write_bytes(
+            whole[:-9] if damage == "truncated" else whole + b"x" if damage == "longer" else broken)
+        others, other = read_checkpoint(two_checkpoints)
+        error = capsys.readouterr().err
+        if other["step"] == 1:
+            assert error.startswith(f"{path}: ") and error.count("\n") == 1 and "the checkpoint before it" in error
+            assert Ouroboros.load(two_checkpoints).depth == 1
+            capsys.readouterr()
+            recognised += 1
+        else:  # a bit that says nothing, such as a blank in the header
+            assert other == about and all(torch.equal(others[name], tensors[name]) for name in tensors)
+    assert recognised >= 60
+    shutil.rmtree(path.parent)
+    (two_checkpoints / "step-0000001" / "ouroboros.safetensors").write_bytes(whole[:99])
+    with pytest.raises(UserError, match="step-0000001/ouroboros.safetensors: cannot be read as a whole checkpoint"):
+        read_checkpoint(two_checkpoints)
+
+
+class Fixed:
+    """Batches without a file: sequence n is drawn with seed n; but no target counts in the `empty` steps of four."""
+
+    def __init__(self, empty=()):
+        self.empty = empty
+
+    def batch(self, first, size, device):
+        both = torch.stack([tokens(1, 9, seed=n)[0] for n in range(first, first + size)])
+        ids, targets = both[:, :-1], both[:, 1:]
+        return ids, torch.full_like(targets, -100) if first // 4 in self.empty else targets
+
+
+def arguments(out, **changes):
+    """What train.train needs of the command line."""
+    usual = dict(out=out, resume=None, steps=6, warmup=1, lr=0.01, norm_lr_scale=1.0, batch_size=2, accumulation=2,
+                 seq_len=8, eval_every=100, eval_sequences=2, save_every=1)
+    return SimpleNamespace(**usual | changes)
+
+
+def test_a_step_without_a_number_changes_nothing_and_is_logged(tmp_path):
+    train.train(small_model(), Fixed(empty=[3, 4]), Fixed(), arguments(tmp_path, steps=5), torch.device("cpu"))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["loss"] is None, row.get("skipped")) for row in rows] == [(False, None)] * 3 + [(True, 1), (True, 2)]
+    assert_same = [read_checkpoint(tmp_path / f"step-000000{step}")[0] for step in (4, 5)]
+    train.train(small_model(), Fixed(), Fixed(), arguments(tmp_path / "b", steps=3), torch.device("cpu"))
+    three = read_checkpoint(tmp_path / "b")[0]
+    for tensors in assert_same:
+        assert all(torch.equal(tensors[name], t) for name, t in three.items() if "exp_avg" in name or "step/" in name)
+
+
+def test_ten_steps_without_a_number_end_the_run_with_what_to_try(pretrained, tmp_path):
+    result = run("train.py", *common(pretrained, 40), "--lr", 1e9, "--norm-lr-scale", 1e9, "--out", tmp_path / "run")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ten steps in a row had no finite loss") and f"--resume {tmp_path / 'run'}" in line
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid(), reason="needs root to mount a small file system")
+def test_on_a_full_or_read_only_disk_the_old_checkpoint_stays_and_the_run_goes_on_later(pretrained, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk], capture_output=True).returncode:
+        pytest.skip("mount is not allowed here")
+    try:
+        out = disk / "run"
+        assert run("train.py", *common(pretrained, 4), "--out", out).returncode == 0
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 8192))
+        full = run("train.py", "--resume", out, "--steps", 400)
+        assert full.returncode == 2 and "cannot be written" in full.stderr and "make room" in full.stderr
+        assert "Traceback" not in full.stderr and read_checkpoint(out)[1]["step"] == 4
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        locked = run("train.py", "--resume", out, "--steps", 8)
+        assert locked.returncode == 2 and "log.jsonl: cannot be written" in locked.stderr
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        (disk / "filler").unlink()
+        assert run("train.py", "--resume", out, "--steps", 8).returncode == 0
+        assert len(losses(out)) == 8 and not list(out.rglob("*.part*"))
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_folder_removed_under_a_run_is_one_clear_line(pretrained, tmp_path):
+    out = tmp_path / "run"
+    process = start("train.py", *common(pretrained, 100_000), "--save-every", 100_000, "--out", out)
+    while not (out / "log.jsonl").exists() or not losses(out):
+        assert process.poll() is None, process.communicate()
+    out.rename(tmp_path / "elsewhere")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and "log.jsonl: no such file; make room or name another folder" in error
+    assert read_checkpoint(tmp_path / "elsewhere")[1]["step"] == 0
+
+
+def test_out_of_memory_ends_with_the_number_and_what_helps(pretrained):
+    command = " ".join(map(str, [sys.executable, HERE / "train.py", *common(pretrained), "--device", "cpu"]))
+    sizes = " --depth 64 --seq-len 256 --batch-size 512"
+    result = subprocess.run(["sh", "-c", f"ulimit -v 4000000; exec {command} {sizes}"], capture_output=True, text=True,
+                            timeout=120)
+    line = result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert line.startswith("error: try a smaller --batch-size") and re.search(r"\d{6,} bytes", line)
+
+
+TORCHRUN = ["torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--nproc-per-node"]
+
+
+def train_twice(folder):
+    """50 steps in float64 and the first one in float32; by a script that torchrun starts, too."""
+    for name, dtype, steps in (("50", torch.float64, 50), ("1", torch.float32, 1)):
+        args = arguments(Path(folder) / name, steps=steps, lr=1e-3, accumulation=3, save_every=100)
+        train.train(small_model(dtype, randomise=False), Fixed(), Fixed(), args, torch.device("cpu"))
+
+
+def test_two_processes_are_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport test_ouroboros\n"
+                      "test_ouroboros.train.dist.init_process_group('gloo')\n"
+                      f"test_ouroboros.train_twice({str(tmp_path / 'two')!r})\n")
+    result = run(*TORCHRUN, 2, script)
+    assert result.returncode == 0, result.stderr
+    train_twice(tmp_path / "one")
+    one, two = (torch.tensor(losses(tmp_path / name / "50"), dtype=torch.float64) for name in ("one", "two"))
+    assert (one - two).abs().max() < 1e-12 and len(one.unique()) == 50
+    (first, _), (again, _) = (read_checkpoint(tmp_path / name / "1") for name in ("one", "two"))
+    gradients = [name for name in first if name.startswith("exp_avg/")]  # a tenth of the gradient after one step
+    assert gradients and all(relative(again[name], first[name]) < 1e-6 for name in gradients)
+
+
+def test_torchrun_stops_on_sigterm_and_goes_on_with_another_number_of_processes(pretrained, tmp_path):
+    one, out = tmp_path / "one", tmp_path / "many"
+    assert run("train.py", *common(pretrained, 100), "--out", one).returncode == 0
+    process = start(*TORCHRUN, 2, HERE / "train.py", *common(pretrained, 100), "--out", out)
+    _, printed = stop_at(process, out, 20, signal.SIGTERM)
+    assert printed.count(f"Go on: python train.py --resume {out}") == 1  # the first process speaks, the other is silent
+    assert 20 <= read_checkpoint(out)[1]["step"] == len(losses(out)) < 100
+    result = run(*TORCHRUN, 3, HERE / "train.py", "--resume", out)
+    assert result.returncode == 0 and result.stdout.count("gap recovered") == 1, result.stderr
+    assert max(abs(a - b) for a, b in zip(losses(one), losses(out), strict=True)) < 1e-3
+    too_many = run(*TORCHRUN, 5, HERE / "train.py", "--resume", out)
+    assert "a step has fewer sequences than the 5 processes" in too_many.stderr
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -906,15 +1125,14 @@ def test_the_whole_hub_path_end_to_end_and_then_offline(hub_with_everything, tmp
     command = ["train.py", "--model", "someone/model", "--data", "fineweb-edu", *QUICK]
     result = run(*command, "--out", tmp_path / "a", env=hub.env)
     assert result.returncode == 0, result.stderr
-    assert "fetched once to" in result.stdout and "gap recovered" in result.stdout
+    assert "about 0.4 GB are fetched from the Hub" in result.stdout and "gap recovered" in result.stdout
     cached = np.load(next((tmp_path / "cache" / "ouroboros").glob("*/00000.npy")))
     assert re.match(r"(été|日本) 0 ", TOKENIZER.decode(cached.tolist()))  # GPT-2's tokens -> text -> the model's
     asked = len(hub.seen)
     offline = run(*command, "--out", tmp_path / "b", env={**hub.env, "HF_HUB_OFFLINE": "1"})
     assert offline.returncode == 0, offline.stderr
     assert len(hub.seen) == asked
-    for name, t in load_file(tmp_path / "a" / "ouroboros.safetensors").items():
-        assert torch.equal(t, load_file(tmp_path / "b" / "ouroboros.safetensors")[name])
+    assert_same_end(tmp_path / "a", tmp_path / "b")
 
 
 def test_what_can_go_wrong_on_the_hub_is_one_line_each(hub_with_everything, tmp_path):
@@ -927,7 +1145,8 @@ def test_what_can_go_wrong_on_the_hub_is_one_line_each(hub_with_everything, tmp_
                                 capture_output=True, text=True, timeout=120)
         return result.returncode, (result.stderr if result.returncode else result.stdout).strip().splitlines()[-1]
 
-    assert fetch("some/one") == (2, "error: some/one: neither a folder here nor a model on the Hub; check the name")
+    nothing = "error: some/one: no folder here and no model on the Hub that you may read; check the name, log in"
+    assert fetch("some/one") == (2, nothing)
     assert fetch(name="no.json") == (2, "error: someone/model: this Hub repository has no no.json")
     assert "cannot be reached" in fetch(HF_HUB_OFFLINE="1")[1]
     assert "cannot be reached" in fetch(HF_ENDPOINT="http://127.0.0.1:9")[1]

@@ -5,42 +5,44 @@ source code of this machine, in a few minutes. Everything a run leaves is in run
 """
 
 import argparse
-import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import sys
 import time
 from contextlib import suppress
-from functools import partial
-from itertools import count
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import constants
-from safetensors.torch import save_file
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from data import SOURCES, Batches, cache_folder, open_source
-from ouroboros import MODULATIONS, POOLS, Ouroboros
-from qwen import (BUILT_IN, Parser, Qwen, UserError, exit_on_user_error, keep_freed_memory, load_tokenizer, locate,
-                  open_safetensors, pick_device, read_json, replace_file)
+from ouroboros import MODULATIONS, POOLS, Ouroboros, read_checkpoint
+from qwen import (BUILT_IN, Qwen, UserError, exit_on_user_error, handling, keep_freed_memory, load_tokenizer,
+                  locate, pick_device, read_json, replace_file)
 
 # What suits the model at hand; the command line has the last word. "paper": its own recipe, 1,000 of its 18,750 steps.
 NAMES = ("steps", "seq_len", "batch_size", "accumulation", "lr", "norm_lr_scale", "warmup", "eval_sequences")
 PRESETS = {"tiny": (1000, 256, 4, 1, 2e-3, 50.0, 20, 64),
            "cpu": (60, 256, 4, 1, 1e-3, 50.0, 6, 16),
            "paper": (1000, 2048, 2, 16, 3e-4, 1.0, 50, 32)}
-HERE = ("resume", "eval", "out", "device", "compile", "activation_checkpointing")  # not kept in args.json
+HERE = ("resume", "eval", "device", "compile", "activation_checkpointing")  # of this start, not of the run
+FREE = (*HERE, "steps", "lr", "batch_size", "accumulation", "eval_every", "eval_sequences", "save_every")  # may change
 EVALUATION_SEED = 2**32  # evaluation reads in an order of its own, which no --seed gives
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+PROCESS, PROCESSES = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 
 def parse_arguments():
-    p = Parser(description="Train the looped model of arXiv 2604.02051 on a frozen pretrained decoder.")
+    p = argparse.ArgumentParser(description="Train the looped model of arXiv 2604.02051.", usage=argparse.SUPPRESS)
     g = p.add_argument_group("what is trained").add_argument
     g("--depth", type=int, default=8, help="steps of the loop (8; paper: 1, 4, 8, 16)")
     g("--rank", type=int, default=32, help="rank of the SVD LoRA (32, as the paper)")
-    g("--alpha", type=float, default=16.0, help="its scale is alpha / rank (16, as the paper)")
     g("--modulation", choices=MODULATIONS, default="controller", help="what makes the diagonals (controller)")
     g("--pool", choices=tuple(POOLS), default="prefix", help="what it sees (prefix; paper: sequence, the future too)")
     g("--no-gate", dest="gate", action="store_false", help="h = StepNorm(Layer(h)), without the gated mix")
@@ -60,43 +62,42 @@ def parse_arguments():
     g("--lr", type=float, help="learning rate after the warm-up (3e-4); then a cosine to zero")
     g("--norm-lr-scale", type=float, help="how many times faster the step norm learns, which starts at 1 (1)")
     g("--warmup", type=int, help="optimizer steps of linear warm-up, at most half of all")
-    g("--weight-decay", type=float, default=0.01, help="of AdamW (0.01)")
-    g("--clip", type=float, default=1.0, help="largest gradient norm (1.0)")
     g("--seed", type=int, default=0, help="of the first weights and of the order of the data (0 by default)")
     g = p.add_argument_group("where and how often").add_argument
     g("--device", default="auto", help="cuda, mps or cpu (the first of these there is)")
     g("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of what is frozen (by hardware)")
-    for name, what in (("--compile", "make the blocks faster with torch.compile (on CUDA)"),
-                       ("--activation-checkpointing", "less memory, a third more time (on a GPU under 12 GB)")):
-        g(name, choices=("auto", "on", "off"), default="auto", help=what)
+    g("--compile", choices=("auto", "on", "off"), default="auto", help="make the blocks faster (on CUDA)")
+    g("--activation-checkpointing", action="store_true", help="far less memory for a third more time")
     g("--out", type=Path, help="folder of the run (runs/MODEL-depth8-rank32, numbered if it is taken)")
     g("--eval-every", type=int, help="steps between held-out losses (a fifth of the run)")
     g("--eval-sequences", type=int, help="sequences in each evaluation (64 for tiny)")
     g("--save-every", type=int, default=100, help="steps between checkpoints (100)")
     g = p.add_argument_group("instead of a new run").add_mutually_exclusive_group().add_argument
-    g("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped, as it was started")
+    g("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped; --steps, --lr and such may change")
     g("--eval", type=Path, metavar="RUN", help="only evaluate a run; with --data on other text than its own")
     args = p.parse_args()
-    for name, value in vars(args).items():  # a seed and a weight decay may be 0
-        zero = value == 0 and name in ("seed", "weight_decay")
-        if type(value) in (int, float) and not zero and not 0 < value < EVALUATION_SEED:
+    if run := args.resume or args.eval:  # the run's own arguments are the defaults of the command line
+        checkpoint = read_checkpoint(run)
+        with handling(run, "read as a run of train.py"):
+            began, args = (p.parse_args(words, argparse.Namespace(**checkpoint[1]["args"])) for words in ([], None))
+        for name, value in vars(began).items():
+            if getattr(args, name) != value and name not in FREE and not (args.eval and name == "data"):
+                raise UserError(f"--{name.replace('_', '-')} cannot change: {run} began with {value}")
+        if args.resume and args.batch_size * args.accumulation != began.batch_size * began.accumulation:
+            raise UserError(f"--batch-size times --accumulation must stay {began.batch_size * began.accumulation}")
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not (0 < value < EVALUATION_SEED or name == "seed" and value == 0):
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number above 0 and below 2^32")
-    if run := args.resume or args.eval:  # the run's own arguments; where to compute and evaluate may be another
-        free = {*HERE, "data"} if args.eval else {*HERE}
-        if changed := [n for n in vars(args) if n not in free - {"out"} and getattr(args, n) != p.get_default(n)]:
-            raise UserError(f"--{changed[0].replace('_', '-')} cannot change: {run} keeps the arguments it began with")
-        saved = read_json(run / "args.json")
-        if missing := vars(args).keys() - free - saved.keys():
-            raise UserError(f"{run}/args.json: {min(missing)} is missing; is this the folder of a run?")
-        given = {name: getattr(args, name) for name in free if name in HERE or args.data}
-        return argparse.Namespace(**saved | given | {"out": run})
+    if run:
+        args.out, args.checkpoint = run, checkpoint
+        return args
     on_cuda = pick_device(args.device)[0].type == "cuda"
     args.model = args.model or ("Qwen/Qwen2.5-3B" if on_cuda else "tiny")
     args.data = args.data or ("fineweb-edu" if on_cuda else "python")
     for name, own in (("model", BUILT_IN), ("data", SOURCES)):  # a run must find its files from any folder
         value = getattr(args, name)
         setattr(args, name, str(Path(value).resolve()) if Path(value).exists() and value not in own else value)
-    if args.out and args.out.exists():
+    if args.out and any(p.is_file() and ".part" not in p.suffixes for p in (args.out, *args.out.rglob("*"))):
         raise UserError(f"{args.out}: is there already, and nothing saved is overwritten; choose another --out")
     for name, value in zip(NAMES, PRESETS["tiny" if args.model == "tiny" else "paper" if on_cuda else "cpu"]):
         setattr(args, name, getattr(args, name) or value)
@@ -110,63 +111,90 @@ def schedule(step: int, args) -> float:
     done = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
     return min((step + 1) / args.warmup, 0.5 * (1 + math.cos(math.pi * done)))
 
-def train(model: Ouroboros, batches: Batches, held_out: Batches, args, device) -> bool:
-    """Train and leave the checkpoints and log.jsonl in args.out. False if Ctrl-C ended it early."""
+def train(model: Ouroboros, batches: Batches, held_out: Batches, args, device) -> int:
+    """Train and leave the checkpoints and log.jsonl in args.out. Returns the signal that ended it early, else 0."""
     parameters = model.trained_parameters()
     # The step norm may learn faster: it starts at 1, far from the state's size, and AdamW moves by a rate a step.
-    groups = [{"params": [p for name, p in parameters.items() if name.startswith("step_norm") == norm], "scale": scale}
-              for norm, scale in ((False, 1.0), (True, args.norm_lr_scale))]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=device.type != "mps")
-    done = load_checkpoint(args.out, model, optimizer) if args.resume else 0
-    per_step, stop = args.batch_size * args.accumulation, []  # the first Ctrl-C ends with the step, a second at once
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    with open(args.out / "log.jsonl", "a") as log, tqdm(initial=done, total=args.steps, unit="step") as bar:
+    groups = [{"params": [p], "scale": args.norm_lr_scale if name.startswith("step_norm") else 1.0}
+              for name, p in parameters.items()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=device.type != "mps")
+    tensors, done = (args.checkpoint[0], args.checkpoint[1]["step"]) if args.resume else ({}, 0)
+    state = {i: {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+             for i, name in enumerate(parameters) if f"step/{name}" in tensors}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    log, per_step, skipped, stop = args.out / "log.jsonl", args.batch_size * args.accumulation, 0, False
+    mine = range(per_step * PROCESS // PROCESSES, per_step * (PROCESS + 1) // PROCESSES)  # of a step's sequences
+    if PROCESS == 0:  # a run that was killed may have logged steps after its last checkpoint: they come again
+        rows = log.read_text(errors="replace").splitlines(keepends=True)[:done] if log.exists() else []
+        replace_file(log, lambda part: part.write_text("".join(rows)))
+        if not args.resume:
+            save_checkpoint(args, model, optimizer, 0)
+    signals = []  # the first ends with the step, a second Ctrl-C at once; but torchrun sends each twice
+    def note(number, _):
+        return sys.exit(130) if signals and number == signal.SIGINT and PROCESSES == 1 else signals.append(number)
+    before = [signal.signal(number, note) for number in STOPPING]
+    with tqdm(initial=done, total=args.steps, unit="step", disable=PROCESS > 0) as bar:
         for step in range(done, args.steps):
-            started, loss = time.perf_counter(), torch.zeros((), device=device)
-            rate = args.lr * schedule(step, args)
+            started, rate, loss = time.perf_counter(), args.lr * schedule(step, args), 0.0
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            for i in range(args.accumulation):
-                batch = batches.batch(step * per_step + i * args.batch_size, args.batch_size, device)
-                part = model.loss(*batch) / args.accumulation
+            for first in mine[:: args.batch_size]:
+                size = min(args.batch_size, mine.stop - first)
+                part = model.loss(*batches.batch(step * per_step + first, size, device)) * (size / per_step)
                 part.backward()
                 loss += part.detach()
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip)
-            optimizer.step()
+            loss, stop = sum_over_processes(parameters.values(), loss, len(signals))
+            norm = clip_grad_norm_(parameters.values(), 1.0).item()
+            row, last = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate}, step + 1 == args.steps
+            if math.isfinite(loss + norm):
+                optimizer.step()
+                skipped = 0
+            else:  # nothing is changed by such a step
+                skipped += 1
+                row |= {"loss": None, "grad_norm": None, "skipped": skipped}
             optimizer.zero_grad()
-            row = {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": rate,
-                   "tokens_per_s": round(per_step * args.seq_len / (time.perf_counter() - started))}
-            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-                row["held_out"] = evaluate(model.loss, held_out, args, device)
-                bar.write(f"step {step + 1}: held-out loss {row['held_out']:.3f}")
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            bar.update()
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']} tokens/s")
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:
-                save_checkpoint(args.out, model, optimizer, step + 1)
+            row["tokens_per_s"] = round(per_step * args.seq_len / (time.perf_counter() - started))
+            if PROCESS == 0:
+                if (step + 1) % args.eval_every == 0 or last:
+                    row["held_out"] = evaluate(model.loss, held_out, args, device)
+                    bar.write(f"step {step + 1}: held-out loss {row['held_out']:.3f}")
+                with handling(log, "written"), open(log, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                bar.update()
+                bar.set_postfix_str(f"loss {loss:.3f}, {row['tokens_per_s']} tokens/s")
+                if (step + 1) % args.save_every == 0 or last or stop:
+                    save_checkpoint(args, model, optimizer, step + 1)
+            if skipped == 10:
+                raise UserError("ten steps in a row had no finite loss and gradient, and none of them was taken; try "
+                                f"--resume {args.out} --lr {args.lr / 3:.1g}, or begin anew with --dtype float32")
             if stop:
                 break
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    return not stop or step + 1 == args.steps
+    for number, handler in zip(STOPPING, before):
+        signal.signal(number, handler)
+    return (signals or STOPPING)[0] if stop and not last else 0
 
-def save_checkpoint(run: Path, model: Ouroboros, optimizer, step: int):
-    """The trained model for whoever loads it, and in one more file all that is needed to go on."""
-    model.save(run)
-    state = {name: p.detach() for name, p in model.trained_parameters().items()}
-    for name, p in model.trained_parameters().items():
-        state |= {f"{key}/{name}": value for key, value in optimizer.state[p].items()}
-    replace_file(run / "training.safetensors", lambda part: save_file(state, part, metadata={"step": str(step)}))
+def sum_over_processes(parameters, *numbers) -> list[float]:
+    """The sums over the processes of these numbers and, in place, of all gradients: one flat all_reduce."""
+    if PROCESSES > 1:
+        grads = [p.grad for p in parameters]
+        vector = parameters_to_vector([*grads, numbers := grads[0].new_tensor(numbers)])
+        try:
+            dist.all_reduce(vector)
+        except RuntimeError as error:
+            raise UserError(f"another process has ended ({str(error).splitlines()[0]}); --resume goes on") from None
+        vector_to_parameters(vector, [*grads, numbers])
+    return [float(n) for n in numbers]
 
-def load_checkpoint(run: Path, model: Ouroboros, optimizer) -> int:
-    """Put back the weights and AdamW's moments; return the number of steps taken."""
-    with open_safetensors(run / "training.safetensors") as file, torch.no_grad():
-        state = {}
-        for i, (name, p) in enumerate(sorted(model.trained_parameters().items(), key=lambda x: "step_norm" in x[0])):
-            p.copy_(file.get_tensor(name))
-            state[i] = {key: file.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return int(file.metadata()["step"])
+def save_checkpoint(args, model: Ouroboros, optimizer, step: int):
+    """The model and all that is needed to go on, in a folder of its own; the newest two stay. Every random choice is a
+    function of the seed and the step, so there is no other random state."""
+    moments = {f"{key}/{name}": moment for name, p in model.trained_parameters().items()
+               for key, moment in optimizer.state[p].items()}
+    kept = {name: value for name, value in vars(args).items() if name not in (*HERE, "out", "checkpoint")}
+    model.save(args.out / f"step-{step:07}", moments, step=step, args=kept)
+    replace_file(args.out / "args.json", lambda part: part.write_text(json.dumps(kept, indent=2) + "\n"))  # to be read
+    for old in sorted(args.out.glob("step-*"))[:-2]:
+        shutil.rmtree(old)
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -180,23 +208,23 @@ def evaluate(loss_of, batches: Batches, args, device) -> float:
 
 def baselines(model: Ouroboros, qwen: Qwen | None, columns: dict, args, device) -> dict:
     """The losses of the full and of the cut model: measured once for a model, a text and a setting, then kept."""
-    texts, dtype = [batches.folder.name for batches in columns.values()], model.norm.weight.dtype
-    what = json.dumps([model.fingerprint(), texts, args.seq_len, args.eval_sequences, device.type, str(dtype)])
-    path = cache_folder() / "baselines" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
+    texts, dtype = (batches.folder.name for batches in columns.values()), model.norm.weight.dtype
+    key = [model.fingerprint(), *texts, args.seq_len, args.eval_sequences, device.type, dtype]
+    path = cache_folder() / "baselines" / f"{'-'.join(map(str, key))}.json"
     if not path.exists():
         print("evaluating the full and the cut model, once for this model and text", flush=True)
         qwen = qwen or Qwen.from_pretrained(model.source, dtype, device)
         losses = {name: {column: evaluate(loss_of, batches, args, device) for column, batches in columns.items()}
-                  for name, loss_of in (("full", qwen.loss), ("cut", partial(model.loss, cut=True)))}
+                  for name, loss_of in (("full", qwen.loss), ("cut", lambda *batch: model.loss(*batch, cut=True)))}
         replace_file(path, lambda part: part.write_text(json.dumps(losses)))
     return read_json(path)
 
 def print_results(model: Ouroboros, results: dict):
     full, cut, ours = (results[name] for name in ("full", "cut", "ouroboros"))
     gap = {column: (cut[column] - ours[column]) / (cut[column] - full[column]) for column in full}
+    kept = len([*model.prelude, model.recurrent, *model.coda])
+    names = f"full model ({model.layers} layers)", f"cut to {kept} layers", f"ouroboros, depth {model.depth}"
     print("\n" + " " * 24 + "".join(f"{column:>15}" for column in full))
-    names = (f"full model ({model.layers} layers)", f"cut to {len(model.prelude) + 1 + len(model.coda)} layers",
-             f"ouroboros, depth {model.depth}")
     for name, losses in zip(names, (full, cut, ours)):
         print(f"{name:24}" + "".join(f"{loss:15.3f}" for loss in losses.values()))
     print(f"{'gap recovered':24}" + "".join(f"{share:15.1%}" for share in gap.values()))
@@ -204,15 +232,14 @@ def print_results(model: Ouroboros, results: dict):
 # ---- The program -----------------------------------------------------------------------------------------------------
 def announce_download(args):
     """Say before the wait what is fetched and how much room it takes."""
+    size = 0.2 * (args.data == "fineweb-edu")  # of a shard of 100M tokens, in GB
+    size *= 1 + math.ceil(args.steps * args.accumulation * args.batch_size * args.seq_len / 1e8)
     if not Path(args.model).is_dir() and args.model not in BUILT_IN:
         index = locate(args.model, "model.safetensors.index.json", required=False)
-        size = (read_json(index).get("metadata") or {}).get("total_size") if index else None
-        size = f"{size / 1e9:.1f} GB" if size else "one file"
-        print(f"{args.model}: {size}, fetched once to {constants.HF_HUB_CACHE}", flush=True)
-    if args.data == "fineweb-edu":
-        shards = 1 + math.ceil(args.steps * args.accumulation * args.batch_size * args.seq_len / 1e8)
+        size += (read_json(index).get("metadata") or {}).get("total_size", 0) / 1e9 if index else 1
+    if size:
         free = shutil.disk_usage(next(p for p in Path(constants.HF_HUB_CACHE).parents if p.exists())).free / 1e9
-        print(f"fineweb-edu: {shards} files of 0.2 GB, each fetched when needed; {free:.0f} GB are free", flush=True)
+        print(f"about {size:.1f} GB are fetched from the Hub, once and when needed; {free:.0f} GB are free", flush=True)
 
 def announce_training(model: Ouroboros, batches: Batches, args, device):
     """Print the parameter table, compile what is to be and say, after a trial step, how long all will take."""
@@ -235,16 +262,23 @@ def announce_training(model: Ouroboros, batches: Batches, args, device):
         except Exception as error:  # whatever the compiler behind torch.compile raises
             torch.compiler.set_stance("force_eager")
             print(f"torch.compile does not work here, going on without: {(str(error) or repr(error)).splitlines()[0]}")
-    hours = min(seconds(), seconds()) * args.accumulation * args.steps / 3600
+    steps = args.steps - (args.checkpoint[1]["step"] if args.resume else 0)
+    took = f"{min(seconds(), seconds()) * args.accumulation * steps / PROCESSES / 60:,.0f} min"
     model.zero_grad()
-    took = f"{hours:.1f} hours" if hours > 1.5 else f"{hours * 60:.0f} min"
-    print(f"\n{args.steps} steps of {args.accumulation} x {args.batch_size} x {args.seq_len} tokens, about {took}\n")
+    print(f"\n{steps} steps of {args.accumulation} x {args.batch_size} x {args.seq_len} tokens, about {took}\n")
 
 def main():
     args = parse_arguments()
     keep_freed_memory()
     device, dtype = pick_device(args.device, args.dtype)
-    print(f"{args.model} on {args.data}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
+    if PROCESSES > 1:  # torchrun started others, here or on other machines; the first one speaks and writes
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
+        sys.stdout = sys.stdout if PROCESS == 0 else None
+        if args.batch_size * args.accumulation < PROCESSES:
+            raise UserError(f"a step has fewer sequences than the {PROCESSES} processes; raise --accumulation")
+    print(f"{Path(args.model).name} on {Path(args.data).name}, {device}, {dtype}".replace("torch.", ""), flush=True)
     announce_download(args)
     torch.manual_seed(args.seed)
     tokenizer, source = load_tokenizer(args.model), open_source(args.data)
@@ -254,16 +288,18 @@ def main():
     if args.target_offset == 2:  # the published task, beside the one that counts
         columns |= {"train, t+2": batches("train", 2), "held-out, t+2": batches("val", 2)}
     if args.resume or args.eval:
-        qwen, model = None, Ouroboros.load(args.out, None, dtype, device)
+        qwen, model = None, Ouroboros.load(args.out, None, dtype, device, args.checkpoint)
     else:
         qwen = Qwen.from_pretrained(args.model, dtype, device)
-        model = Ouroboros(qwen, args.prelude, args.recurrent, args.coda, args.rank, args.alpha, args.depth,
-                          args.modulation, args.pool, args.gate, args.step_norm)
+        model = Ouroboros(qwen, args.prelude, args.recurrent, args.coda, args.rank, depth=args.depth,
+                          modulation=args.modulation, pool=args.pool, gate=args.gate, step_norm=args.step_norm)
         if not model.trained_parameters():
             raise UserError("nothing is left to train: keep one of Controller, gate and step norm")
-    small = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < 6e9 * dtype.itemsize
-    model.checkpointing = {"auto": small, "on": True, "off": False}[args.activation_checkpointing]
-    results = baselines(model, qwen, columns, args, device)
+    model.checkpointing = args.activation_checkpointing
+    if PROCESSES > 1:
+        for tensor in model.own().values():
+            dist.broadcast(tensor.view(torch.uint8), 0)  # other hardware would round its bases another way
+    results = baselines(model, qwen, columns, args, device) if PROCESS == 0 else {}
     del qwen  # and with it the removed layers
     if not args.eval:
         training = batches("train", args.target_offset, args.seed)
@@ -271,20 +307,20 @@ def main():
             raise UserError(f"{args.data}: not the text any more with which {args.out} began; bring it back to go on")
         if not args.resume:
             name = f"runs/{Path(args.model).name}-depth{args.depth}-rank{args.rank}"
-            free = (p for i in count(1) if not (p := Path(name if i == 1 else f"{name}-{i}")).exists())
+            free = (p for i in range(1, 10**6) if not (p := Path(name + f"-{i}" * (i > 1))).exists())
             args.out, args.text = args.out or next(free), training.folder.name
-            args.out.mkdir(parents=True)
-            own = {k: v for k, v in vars(args).items() if k not in HERE}
-            replace_file(args.out / "args.json", lambda part: part.write_text(json.dumps(own, indent=2) + "\n"))
         announce_training(model, training, args, device)
-        if not train(model, training, columns["held-out"], args, device):
+        if number := train(model, training, columns["held-out"], args, device):
             print(f"stopped, and saved. Go on: python train.py --resume {args.out} (--eval: see how good it is)")
-            sys.exit(130)
+            sys.exit(128 + number)
+    if PROCESS > 0:
+        return
     results["ouroboros"] = {column: evaluate(model.loss, b, args, device) for column, b in columns.items()}
     print_results(model, results)
     if not args.eval:
         replace_file(args.out / "results.json", lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
         prompt = columns["held-out"].batch(0, 1, device)[0][:, : max(1, min(48, args.seq_len // 2))]
+        torch.manual_seed(args.seed)  # a resumed run ends with the same text
         out = model.generate(prompt, 48, temperature=0.7)[0, prompt.shape[1] :]
         text, more = (tokenizer.decode(ids.tolist()) for ids in (prompt[0], out))
         print(f"\nheld-out text, and after the bar how the model goes on:\n{text}\u2502{more}")

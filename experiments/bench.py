@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -153,7 +152,7 @@ def generation(kind, args, device, dtype, batch_size):
     qwen = load(args, device, dtype)
     ids = torch.randint(0, 4096, (batch_size, 64), device=device)
     if kind == OURS:
-        qwen.config = replace(qwen.config, eos_token_id=())
+        qwen.config = qwen.config._replace(eos_token_id=())
         return lambda: qwen.generate(ids, max_new_tokens=64)
     hf = transformers_model(qwen)
     mask = torch.ones_like(ids)
