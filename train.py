@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from data import SOURCES, Batches, cache_folder, open_source
 from ouroboros import MODULATIONS, POOLS, Ouroboros, read_checkpoint
-from qwen import (BUILT_IN, Qwen, UserError, exit_on_user_error, handling, keep_freed_memory, load_tokenizer,
-                  locate, pick_device, read_json, replace_file)
+from qwen import (BUILT_IN, Config, Qwen, UserError, exit_on_user_error, handling, keep_freed_memory,
+                  load_tokenizer, locate, pick_device, read_json, replace_file)
 
 # What suits the model at hand; the command line has the last word. "paper": its own recipe, 1,000 of its 18,750 steps.
 NAMES = ("steps", "seq_len", "batch_size", "accumulation", "lr", "norm_lr_scale", "warmup", "eval_sequences")
@@ -281,7 +281,8 @@ def main():
     print(f"{Path(args.model).name} on {Path(args.data).name}, {device}, {dtype}".replace("torch.", ""), flush=True)
     announce_download(args)
     torch.manual_seed(args.seed)
-    tokenizer, source = load_tokenizer(args.model), open_source(args.data)
+    tokenizer = load_tokenizer(args.model, Config.from_json(locate(args.model, "config.json")).vocab_size)
+    source = open_source(args.data)
     def batches(split, offset=1, seed=EVALUATION_SEED):
         return Batches(source, split, tokenizer, args.seq_len, offset, seed)
     columns = {"train": batches("train"), "held-out": batches("val")}
