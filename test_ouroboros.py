@@ -1162,6 +1162,7 @@ class Hub(BaseHTTPRequestHandler):
         if not path.parent.is_dir():
             error = "RepoNotFound"
         start = int(re.findall(r"\d+", self.headers.get("Range", "0"))[0])
+        self.server.resumed += [name] if start else []
         self.send_response(404 if error else 206 if start else 200)
         if error:
             self.send_header("X-Error-Code", error)
@@ -1182,7 +1183,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.drops, server.seen = tmp_path / "hub", {}, []
+    server.folder, server.drops, server.seen, server.resumed = tmp_path / "hub", {}, [], []
     server.env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
                   "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -1245,9 +1246,11 @@ def test_what_can_go_wrong_on_the_hub_is_one_line_each(hub_with_everything, tmp_
     hub.drops[large] = 99
     returncode, line = fetch(data.FINEWEB, large, "dataset")
     assert returncode == 2 and f"{large} could not be downloaded" in line and "run the command again" in line
-    hub.drops.clear()
+    hub.drops[large] = 1
+    hub.resumed.clear()
     returncode, line = fetch(data.FINEWEB, large, "dataset")
-    assert returncode == 0 and Path(line).stat().st_size == 12_000_000
+    assert returncode == 0 and Path(line).read_bytes() == bytes(12_000_000)
+    assert hub.resumed == [large]  # it went on where the line broke
 
 
 def test_a_damaged_token_shard_is_named(hub_with_everything, tmp_path, monkeypatch):
