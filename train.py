@@ -124,11 +124,12 @@ def train(model: Ouroboros, batches: Batches, held_out: Batches, args, device) -
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     log, per_step, skipped, stop = args.out / "log.jsonl", args.batch_size * args.accumulation, 0, False
     mine = range(per_step * PROCESS // PROCESSES, per_step * (PROCESS + 1) // PROCESSES)  # of a step's sequences
-    if PROCESS == 0:  # a run that was killed may have logged steps after its last checkpoint: they come again
-        rows = log.read_text(errors="replace").splitlines(keepends=True)[:done] if log.exists() else []
-        replace_file(log, lambda part: part.write_text("".join(rows)))
+    if PROCESS == 0:
         if not args.resume:
             save_checkpoint(args, model, optimizer, 0)
+        # A run that was killed may have logged steps after its last checkpoint: they come again.
+        rows = log.read_text(errors="replace").splitlines(keepends=True)[:done] if log.exists() else []
+        replace_file(log, lambda part: part.write_text("".join(rows)))
     signals = []  # the first ends with the step, a second Ctrl-C at once; but torchrun sends each twice
     def note(number, _):
         return sys.exit(130) if signals and number == signal.SIGINT and PROCESSES == 1 else signals.append(number)

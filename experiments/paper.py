@@ -1,0 +1,315 @@
+"""The paper's experiments, mended: python experiments/paper.py
+
+Trains every configuration on the built-in model (two at a time, about two hours on two cores), goes on where it was
+interrupted, and writes what it measured to experiments/paper/tiny: a JSON file for each run (arguments, losses, the
+loss of every step), tables.md and the pictures. --model FOLDER --data FOLDER --steps 60 does the central ones on
+another model. Losses are in nats per token; each table has the held-out text of the training distribution ("held-out")
+and one of another kind ("other"): for Python source, the README and licence files of the installed packages.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train
+from data import Batches, cache_folder, open_source
+from ouroboros import Ouroboros
+from qwen import PROJECTIONS, Qwen, keep_freed_memory, load_tokenizer, pick_device, promote, replace_file
+
+DEPTHS = (1, 2, 4, 8, 16, 32)  # at which every looped model is evaluated
+
+# ---- What is trained -------------------------------------------------------------------------------------------------
+
+
+class RandomBases(Ouroboros):
+    """Random orthogonal bases with the singular values of the true ones."""
+
+    def residual_bases(self, removed, rank):
+        generator, bases = torch.Generator().manual_seed(0), []
+        for A, B in super().residual_bases(removed, rank):
+            other_A, other_B = (torch.linalg.qr(torch.randn(n, rank, generator=generator))[0] for n in
+                                (A.shape[1], B.shape[0]))
+            bases.append([other_A.T.contiguous().to(A), (other_B * promote(B).norm(dim=0)).contiguous().to(B)])
+        return bases
+
+
+class DrawnDepth(Ouroboros):
+    """A depth of 1, 2, 4 or 8 for each training batch, drawn by a hash of its tokens: a function of seed and step."""
+
+    def loss(self, ids, targets, **how):
+        if torch.is_grad_enabled():
+            how["depth"] = (1, 2, 4, 8)[int(hashlib.sha1(ids.cpu().numpy().tobytes()).hexdigest(), 16) % 4]
+        return super().loss(ids, targets, **how)
+
+
+class Rounded(Ouroboros):
+    """Trained weights in bf16, as published."""
+
+    def __init__(self, qwen, **settings):
+        super().__init__(qwen, **settings)
+        for p in self.trained_parameters().values():
+            p.data = p.data.bfloat16()
+
+
+class Alternative(Ouroboros):
+    """The cut model, without a loop, and something simple that is trained instead of Controller, gate and step norm.
+    scale: of each channel after the recurrent layer; matrix: [d, d] there, the identity at the start (LinearPatch,
+    arXiv 2505.24680); lora: on every projection of all kept layers, or of the recurrent one (lora one); layer: the
+    recurrent layer whole. The two LoRAs have the rank that gives about as many parameters as the paper's system."""
+
+    def __init__(self, qwen, kind="matrix", **settings):
+        super().__init__(qwen, **settings)
+        d, self.settings["kind"], self.kind = qwen.config.hidden_size, kind, kind
+        budget = sum(p.numel() for p in self.trained_parameters().values())
+        del self.lora
+        self.controller = self.gate = self.step_norm = None
+        self.extra = nn.ParameterDict()
+        if kind == "scale":
+            self.extra["scale"] = torch.ones(d)
+        elif kind == "matrix":
+            self.extra["matrix"] = torch.eye(d)
+        elif kind == "layer":
+            self.recurrent.float().requires_grad_(True)
+        else:
+            layers = [self.recurrent] if kind == "lora one" else [*self.prelude, self.recurrent, *self.coda]
+            shapes = [layer.get_submodule(name).weight.shape for layer in layers for name in PROJECTIONS]
+            rank = max(1, round(budget / sum(out + into for out, into in shapes)))
+            for n, (out, into) in enumerate(shapes):
+                self.extra[f"A{n}"] = torch.randn(rank, into) / math.sqrt(into)
+                self.extra[f"B{n}"] = torch.zeros(out, rank)
+
+    def own(self):
+        own = {name: t for name, t in self.state_dict().items() if name.startswith("extra.")}
+        return own | {f"recurrent.{name}": t for name, t in self.recurrent.state_dict().items() if self.kind == "layer"}
+
+    def fingerprint(self):
+        return ""  # the base may be what is trained
+
+    def hidden(self, ids, depth=None, cache=None, cut=False):
+        rotary, _ = self.start(ids, cache)
+        h, layers = self.embed_tokens(ids), [*self.prelude, self.recurrent, *self.coda]
+        dtype, adapted = h.dtype, {} if cut else {id(layer): n for n, layer in enumerate(layers)}
+        if self.kind == "lora one":
+            adapted = {id(self.recurrent): 0} if adapted else {}
+
+        def lora(n):
+            def project(projection, x, k):
+                A, B = (self.extra[f"{name}{7 * n + k}"].to(x.dtype) for name in "AB")
+                return projection(x) + F.linear(F.linear(x, A), B)
+            return project
+        for layer in layers:
+            if self.kind == "layer" and layer is self.recurrent:
+                h = layer(h.float(), rotary).to(dtype)
+            elif self.kind.startswith("lora") and id(layer) in adapted:
+                h = layer(h, rotary, None, lora(adapted[id(layer)]))
+            else:
+                h = layer(h, rotary)
+            if layer is self.recurrent and not cut and self.kind == "scale":
+                h = h * self.extra["scale"].to(dtype)
+            elif layer is self.recurrent and not cut and self.kind == "matrix":
+                h = F.linear(h, self.extra["matrix"].to(dtype))
+        return self.norm(h)
+
+
+def all_runs(central: bool, steps: int) -> dict:
+    """name -> (class, its own settings, options of train.py)"""
+    runs = {}
+
+    def add(name, *options, kind=Ouroboros, seeds=1, **own):
+        for seed in range(seeds):
+            runs[f"{name} seed{seed}"] = kind, own, [*options, "--seed", str(seed)]
+    seeds = 1 if central else 3
+    for depth in (8, 1, 4, 16):
+        for modulation in ("controller", "static", "none"):
+            add(f"depth{depth} {modulation}", "--depth", str(depth), "--modulation", modulation, seeds=seeds)
+    add("offset2 sequence", "--target-offset", "2", "--pool", "sequence")
+    add("offset1 sequence", "--pool", "sequence")
+    add("no gate", "--no-gate", seeds=seeds)
+    add("no step norm", "--no-step-norm", seeds=seeds)
+    add("random bases", kind=RandomBases, seeds=seeds)
+    if central:
+        add("long depth1 controller", "--depth", "1", "--steps", str(10 * steps))
+        return runs
+    add("drawn depth", kind=DrawnDepth)
+    for name, kind in (("bf16", Rounded), ("float32", Ouroboros)):
+        add(f"{name} weights paper rate", "--lr", "3e-4", "--norm-lr-scale", "1", kind=kind)
+    for rank in (8, 64):
+        add(f"rank{rank}", "--rank", str(rank))
+    lr = train.PRESETS["tiny"][4]
+    for factor, name in ((1 / 3, "third"), (3, "three")):
+        add(f"lr {name}", "--lr", str(lr * factor))
+        for kind in ("scale", "matrix", "lora", "lora one", "layer"):
+            add(f"{kind} lr {name}", "--depth", "1", "--lr", str(lr * factor), kind=Alternative, kind_=kind)
+    for kind in ("scale", "matrix", "lora", "lora one", "layer"):
+        add(kind, "--depth", "1", kind=Alternative, kind_=kind)
+    add("long offset1 prefix", "--steps", str(6 * steps))
+    add("long offset2 sequence", "--target-offset", "2", "--pool", "sequence", "--steps", str(6 * steps))
+    return runs
+
+
+# ---- One run ---------------------------------------------------------------------------------------------------------
+
+
+def prose() -> str:
+    """A folder of English prose that every machine with this program's packages has: their READMEs and licences."""
+    folder, site = cache_folder() / "prose", Path(torch.__file__).parent.parent
+    if not (folder / "val.txt").exists():
+        files = sorted(p for p in site.glob("*.dist-info/**/*") if p.is_file()
+                       and re.match("METADATA|LICEN|COPYING|NOTICE|README", p.name))
+        text = "\n<|endoftext|>\n".join(p.read_text(errors="ignore") for p in files)
+        replace_file(folder / "train.txt", lambda part: part.write_text(text))
+        replace_file(folder / "val.txt", lambda part: part.write_text(text))
+    return str(folder)
+
+
+def leak_cut(model, batches, args, device):
+    """The loss at every 16th position: in the whole sequence, and where the model is given only what comes before."""
+    seen, whole, cut = 0, 0.0, 0.0
+    for first in range(0, args.eval_sequences, args.batch_size):
+        ids, targets = batches.batch(first, args.batch_size, device)
+        losses = F.cross_entropy(promote(model(ids)).flatten(0, 1), targets.flatten(), reduction="none").view(ids.shape)
+        for t in range(15, ids.shape[1], 16):
+            alone = F.cross_entropy(promote(model(ids[:, : t + 1]))[:, -1], targets[:, t], reduction="sum")
+            whole, cut, seen = whole + losses[:, t].sum().item(), cut + alone.item(), seen + len(ids)
+    return {"leak": whole / seen, "leak cut": cut / seen}
+
+
+@torch.no_grad()
+def look_inside(model, texts: dict, args, device):
+    """The opening of the gate and the size of the Controller's diagonals, by step, on each text."""
+    inside = {}
+    for name, batches in texts.items():
+        ids, gates, diagonals = batches.batch(0, 8, device)[0], [], []
+        hooks = [model.gate.linear.register_forward_hook(
+            lambda _, __, out, g=gates: g.append(promote(out).sigmoid().mean().item()))]
+        if model.controller is not None:
+            hooks.append(model.controller.register_forward_hook(
+                lambda _, __, out, m=diagonals: m.append([promote(k)[:, -1] for k in out])))
+        model(ids)  # the diagonals: of the last position, which has seen the whole text
+        for hook in hooks:
+            hook.remove()
+        sizes = [torch.stack([k.square().mean(-1).sqrt() for k in m], -1) for m in diagonals]  # [8 texts, 7] each
+        inside[name] = {"gate": gates, "diagonals": torch.stack(sizes, 1).tolist()}  # [8 texts, depth, 7]
+    return inside
+
+
+def one_run(name: str, ours):
+    """Train (or go on with) a run, evaluate it on everything and write its JSON file."""
+    kind, own, options = all_runs(ours.central, ours.steps)[name]
+    out = ROOT / "runs" / "paper" / ours.name / name.replace(" ", "-")
+    begun = any(out.glob("step-*/ouroboros.safetensors"))
+    sys.argv = ["train.py", *(["--resume", str(out)] if begun else [
+        "--model", ours.model, "--data", ours.data, "--out", str(out), "--steps", str(ours.steps), "--save-every", "50",
+        "--eval-every", str(max(1, ours.steps // 10)), "--dtype", ours.dtype, "--device", "cpu", *options])]
+    args = train.parse_arguments()
+    keep_freed_memory()
+    device, dtype = pick_device(args.device, args.dtype)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    home, other = open_source(args.data), open_source(ours.other)
+
+    def batches(source, split, offset=1, seed=train.EVALUATION_SEED):
+        return Batches(source, split, tokenizer, args.seq_len, offset, seed)
+    texts = {"train": batches(home, "train"), "held-out": batches(home, "val"), "other": batches(other, "val"),
+             "held-out t+2": batches(home, "val", 2)}
+    if begun:
+        model = kind.load(out, None, dtype, device, args.checkpoint)
+    else:
+        settings = {"rank": args.rank, "depth": args.depth, "modulation": args.modulation, "pool": args.pool,
+                    "gate": args.gate, "step_norm": args.step_norm}
+        model = kind(Qwen.from_pretrained(args.model, dtype, device), **{k.strip("_"): v for k, v in own.items()},
+                     **settings)
+        args.text = None
+    training = batches(home, "train", args.target_offset, args.seed)
+    if number := train.train(model, training, texts["held-out"], args, device):
+        sys.exit(128 + number)
+    result = {"name": name, "parameters": sum(p.numel() for p in model.trained_parameters().values()),
+              "options": options, "tokens": args.steps * args.batch_size * args.accumulation * args.seq_len,
+              "loss": {text: train.evaluate(model.loss, b, args, device) for text, b in texts.items()}}
+    if re.fullmatch("(depth.* (controller|none)|drawn depth) seed0", name):
+        result["depths"] = {depth: {text: train.evaluate(lambda *batch, d=depth: model.loss(*batch, depth=d), b, args,
+                                                         device) for text, b in texts.items() if text in
+                                    ("held-out", "other")} for depth in DEPTHS}
+    if args.pool == "sequence" and args.modulation == "controller":
+        with torch.no_grad():
+            result |= leak_cut(model, texts["held-out" if args.target_offset == 1 else "held-out t+2"], args, device)
+    if name == "depth8 controller seed0":
+        result["inside"] = look_inside(model, {"held-out": texts["held-out"], "other": texts["other"]}, args, device)
+    if model.step_norm is not None and model.gate is not None:
+        norms, biases = model.step_norm.weight[: args.depth], model.gate.linear.bias
+        moved = {"step norm": norms != 1, "gate": biases != -2}
+        result["moved"] = {part: which.float().mean().item() for part, which in moved.items()}
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    result["log"] = [[row["step"], round(row["loss"], 4), round(row.get("held_out", 0), 4)] for row in rows]
+    write(ours.results / f"{name.replace(' ', '-')}.json", result)
+
+
+def baseline(ours):
+    """The losses of the full and of the cut model on every text."""
+    sys.argv = ["train.py", "--model", ours.model, "--data", ours.data, "--dtype", ours.dtype, "--device", "cpu"]
+    args = train.parse_arguments()
+    device, dtype = pick_device(args.device, args.dtype)
+    qwen, tokenizer = Qwen.from_pretrained(args.model, dtype, device), load_tokenizer(args.model)
+    home, other = open_source(args.data), open_source(ours.other)
+    texts = {name: Batches(source, split, tokenizer, args.seq_len, offset, train.EVALUATION_SEED) for
+             name, source, split, offset in (("train", home, "train", 1), ("held-out", home, "val", 1),
+                                             ("other", other, "val", 1), ("held-out t+2", home, "val", 2))}
+    full = {name: train.evaluate(qwen.loss, b, args, device) for name, b in texts.items()}
+    model = Ouroboros(qwen, modulation="none")
+    cut = {name: train.evaluate(lambda *batch: model.loss(*batch, cut=True), b, args, device)
+           for name, b in texts.items()}
+    write(ours.results / "baselines.json", {"full": full, "cut": cut})
+
+
+def write(path: Path, what):
+    replace_file(path, lambda part: part.write_text(json.dumps(what) + "\n"))
+
+
+# ---- All of them -----------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--data", default="python")
+    parser.add_argument("--other", help="text of another kind (the packages' READMEs; python for another --data)")
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with its share of the cores")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    ours = parser.parse_args()
+    ours.name, ours.central = Path(ours.model).name, ours.model != "tiny"
+    ours.other = ours.other or ("python" if ours.central else prose())
+    ours.results = ROOT / "experiments" / "paper" / ours.name
+    if ours.run:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ours.jobs))
+        return baseline(ours) if ours.run == "baselines" else one_run(ours.run, ours)
+
+    def subprocess_of(name):
+        path = ours.results / f"{name.replace(' ', '-')}.json"
+        if not path.exists():
+            command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
+            done = subprocess.run(command, capture_output=True, text=True)
+            print(name, "" if done.returncode == 0 else f"failed: {done.stderr[-2000:]}", flush=True)
+        return path
+    with ThreadPoolExecutor(ours.jobs) as pool:
+        list(pool.map(subprocess_of, ["baselines", *all_runs(ours.central, ours.steps)]))
+    from paper_tables import write_all
+    write_all(ours.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The tables and pictures from the runs of paper.py: python experiments/paper_tables.py experiments/paper/tiny"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.figure import Figure
+
+ALTERNATIVES = {"scale": "a scale per channel at the cut", "matrix": "one d x d matrix at the cut",
+                "lora": "LoRA on all kept layers, no loop", "lora one": "LoRA on the recurrent layer, no loop",
+                "layer": "the recurrent layer trained whole"}
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class Results:
+    """The JSON files of a folder. gap(loss, text): the share of the way from the cut model to the full one."""
+
+    def __init__(self, folder: Path):
+        runs = map(json.loads, map(Path.read_text, sorted(folder.glob("*-seed*.json"))))
+        self.runs = {run["name"]: run for run in runs}
+        self.base = json.loads((folder / "baselines.json").read_text())
+
+    def seeds(self, name: str) -> list[dict]:
+        return [run for n, run in self.runs.items() if n.rpartition(" seed")[0] == name]
+
+    def gap(self, loss: float, text: str) -> float:
+        full, cut = self.base["full"][text], self.base["cut"][text]
+        return (cut - loss) / (cut - full)
+
+    def cells(self, name: str, texts) -> list[str]:
+        """For each text, the loss and the share of the gap; with several seeds, their mean and standard deviation."""
+        cells = []
+        for text in texts:
+            losses = [run["loss"][text] for run in self.seeds(name)]
+            gaps = [self.gap(loss, text) for loss in losses]
+            spread = f" ± {stdev(losses):.3f}" if len(losses) > 1 else ""
+            points = f" ± {100 * stdev(gaps):.1f}" if len(gaps) > 1 else ""
+            cells += [f"{mean(losses):.3f}{spread}", f"{100 * mean(gaps):.1f}{points}%"]
+        return cells
+
+
+def table(title: str, head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return f"### {title}\n\n" + "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def rows_of(results: Results, names: dict, texts=("held-out", "other")) -> list[list[str]]:
+    rows = []
+    for name, label in names.items():
+        if runs := results.seeds(name):
+            rows.append([label, f"{runs[0]['parameters']:,}", len(runs), *results.cells(name, texts)])
+    return rows
+
+
+HEAD = ["", "trained parameters", "seeds", "held-out", "of the gap", "other", "of the gap"]
+
+
+def objective(results: Results) -> str:
+    texts = ("train", "held-out", "other", "held-out t+2")
+    rows = [[f"{which} model", *(f"{results.base[which][text]:.3f}" for text in texts), "", "", ""]
+            for which in ("full", "cut")]
+    names = {"offset2 sequence": "token t+2, sequence pooling (published)", "offset1 sequence": "next token, sequence",
+             "depth8 controller": "next token, prefix (ours)", "long offset2 sequence": "published, long",
+             "long offset1 prefix": "ours, long"}
+    for name, label in names.items():
+        for run in results.seeds(name)[:1]:
+            leak = [f"{run[key]:.3f}" if key in run else "" for key in ("leak", "leak cut")]
+            rows.append([label, *(f"{run['loss'][text]:.3f}" for text in texts),
+                         f"{100 * results.gap(run['loss']['held-out'], 'held-out'):.1f}%", *leak])
+    head = ["trained on", "train", "held-out", "other", "held-out, t+2", "of the held-out gap", "own task, every 16th "
+            "position", "the same, without the future"]
+    return table("1. As published and mended", head, rows)
+
+
+def depths(results: Results) -> str:
+    rows, tested = [], (1, 2, 4, 8, 16, 32)
+    names = [f"depth{d} {m}" for m in ("controller", "none") for d in (1, 4, 8, 16)] + ["drawn depth"]
+    for name in names:
+        for run in results.seeds(name)[:1]:
+            if "depths" in run:
+                rows.append([name, *(f"{run['depths'][str(d)]['held-out']:.3f}" for d in tested)])
+    return table("5. Depth at test time: held-out loss", ["trained with", *(f"depth {d}" for d in tested)], rows)
+
+
+def alternatives(results: Results) -> str:
+    rows = rows_of(results, {"depth1 controller": "Controller, gate, step norm, depth 1",
+                             "depth8 controller": "Controller, gate, step norm, depth 8"})
+    for kind, label in ALTERNATIVES.items():
+        tried = [name for name in (kind, f"{kind} lr third", f"{kind} lr three") if results.seeds(name)]
+        if tried:
+            best = min(tried, key=lambda name: results.seeds(name)[0]["loss"]["held-out"])
+            rates = {"third": "a third of the rate", "three": "three times the rate"}
+            rate = rates.get(best.split()[-1], "the same rate")
+            rows += rows_of(results, {best: f"{label} ({rate})"})
+    return table("6. Is the hypernetwork worth its parameters? (the alternatives: best of three rates)", HEAD, rows)
+
+
+def write_all(folder: Path):
+    results = Results(folder)
+    modulated = {f"depth{d} {m}": f"depth {d}, {m}" for d in (1, 4, 8, 16) for m in ("controller", "static", "none")}
+    ranks = {"rank8": "rank 8", "depth8 controller": "rank 32", "rank64": "rank 64", "lr third": "rank 32, rate / 3",
+             "lr three": "rank 32, rate x 3"}
+    switches = {"depth8 controller": "all", "no gate": "without the gate", "no step norm": "without the step norm",
+                "random bases": "random orthogonal bases"}
+    parts = [objective(results), table("2. Controller, static, none", HEAD, rows_of(results, modulated)),
+             table("3. Rank and learning rate", HEAD, rows_of(results, ranks)),
+             table("4. Gate, step norm and bases", HEAD, rows_of(results, switches)), depths(results),
+             alternatives(results)]
+    moved = [[kind, *(f"{100 * run['moved'][part]:.1f}%" for part in ("step norm", "gate")),
+              f"{run['loss']['held-out']:.3f}"] for kind in ("bf16", "float32")
+             for run in results.seeds(f"{kind} weights paper rate")]
+    if moved:
+        parts.append(table("Trained weights in bf16, at the paper's rate: how many moved at all",
+                           ["trained weights", "step norm", "gate biases", "held-out"], moved))
+    (folder / "tables.md").write_text("\n".join(parts))
+    for draw in (draw_curves, draw_depths, draw_inside):
+        draw(results, folder)
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def picture(folder: Path, name: str, figure):
+    for kind in ("png", "svg"):
+        figure.savefig(folder / f"{name}.{kind}", dpi=130)
+
+
+def draw_curves(results: Results, folder: Path):
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    long = bool(results.seeds("long offset1 prefix"))
+    names = {("long offset1 prefix" if long else "depth8 controller"): ("ours", "black", "-"),
+             ("long offset2 sequence" if long else "offset2 sequence"): ("as published", "0.5", "-."),
+             "long depth1 controller": ("ours, depth 1", "black", "--")}
+    for name, (label, colour, style) in names.items():
+        for run in results.seeds(name)[:1]:
+            steps, losses, held_out = zip(*run["log"])
+            if "published" not in label:
+                axes.plot(steps, losses, color="0.8", linewidth=0.6, label=f"{label}: training", zorder=1)
+            points = [(s, h) for s, h in zip(steps, held_out) if h]
+            axes.plot(*zip(*points), color=colour, linestyle=style, marker="o", markersize=3,
+                      label=f"{label}: held-out next token")
+    for which, style in (("cut", ":"), ("full", "--")):
+        axes.axhline(results.base[which]["held-out"], color="black", linewidth=0.8, linestyle=style,
+                     label=f"{which} model, held-out")
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
+    axes.legend(fontsize="small")
+    picture(folder, "curves", figure)
+
+
+def draw_depths(results: Results, folder: Path):
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    markers = iter("osD^v")
+    for name in ("depth1 controller", "depth4 controller", "depth8 controller", "depth16 controller", "drawn depth"):
+        for run in results.seeds(name)[:1]:
+            if "depths" in run:
+                losses = {int(d): loss["held-out"] for d, loss in run["depths"].items()}
+                axes.plot(losses.keys(), losses.values(), marker=next(markers), color="black", markerfacecolor="white",
+                          linewidth=0.8, label=f"trained: {name.removesuffix(' controller')}")
+    axes.axhline(results.base["cut"]["held-out"], color="0.5", linestyle=":", label="cut model")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="depth at test time", ylabel="held-out loss, nats per token")
+    axes.legend(fontsize="small")
+    picture(folder, "depth", figure)
+
+
+def draw_inside(results: Results, folder: Path):
+    runs = [run for run in results.runs.values() if "inside" in run]
+    if not runs:
+        return
+    inside = runs[0]["inside"]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    top = max(size for text in inside.values() for m in text["diagonals"] for step in m for size in step)
+    for axes, (name, text) in zip(panels, inside.items()):
+        rows = [step for m in text["diagonals"][:4] for step in m]  # four texts, step after step
+        image = axes.imshow(rows, aspect="auto", cmap="Greys", vmin=0, vmax=top)
+        depth = len(text["diagonals"][0])
+        axes.set(title=f"Controller, four {name} texts", xlabel="projection", ylabel=f"text, in it steps 1 to {depth}")
+        axes.set_xticks(range(7), PROJECTIONS, fontsize="small")
+        axes.set_yticks([depth * n - 0.5 for n in range(1, 4)], [])
+    figure.colorbar(image, ax=panels[1], label="root mean square of the diagonal")
+    for (name, text), style in zip(inside.items(), ("-", "--")):
+        panels[2].plot(range(1, len(text["gate"]) + 1), text["gate"], "ko" + style, markersize=3, label=name)
+    panels[2].set(title="gate", xlabel="step of the loop", ylabel="mean opening g")
+    panels[2].legend(fontsize="small")
+    picture(folder, "inside", figure)
+
+
+if __name__ == "__main__":
+    write_all(Path(sys.argv[1]))
