@@ -102,8 +102,7 @@ def grouped(texts, size: int):
 
 SOURCES = {"python": PythonSource, "fineweb-edu": FineWebSource}
 
-def open_source(name: str):
-    """The source called `name`: python, fineweb-edu, or a path."""
+def open_source(name: str):  # python, fineweb-edu, or a path
     return SOURCES[name]() if name in SOURCES else TextSource(Path(name))
 
 # ---- Tokens and batches ----------------------------------------------------------------------------------------------
@@ -136,7 +135,7 @@ class Batches:
                 replace_file(path, partial(np.save, arr=self.encode(next(self.documents, [])), allow_pickle=False))
             elif self.documents is not None:  # another process was faster
                 next(self.documents, None)
-            with handling(path, "read as tokens, delete it"):
+            with handling(path, "read as tokens", "delete it, it is then made anew"):
                 tokens = np.load(path, mmap_mode="r", allow_pickle=False)
                 if tokens.dtype != self.dtype or tokens.ndim != 1 or tokens.max(initial=0) > self.largest:
                     raise ValueError("not tokens of this tokenizer")

@@ -9,9 +9,8 @@
     h -> coda -> final norm -> lm head -> logits [B,T,V]
 
 The pretrained layers and the bases A, B are frozen; Controller, gate and step norm are trained (arXiv 2604.02051), in
-float32. They are cast to the type of the state where they are used, so bf16 needs no autocast.
-
-To continue a prompt: python ouroboros.py runs/NAME --prompt "..."
+float32. They are cast to the type of the state where they are used, so bf16 needs no autocast. A trained run continues
+a prompt: python ouroboros.py runs/NAME --prompt "..."
 """
 
 import hashlib
@@ -33,6 +32,7 @@ from qwen import (PROJECTIONS, LanguageModel, Qwen, UserError, exit_on_user_erro
 
 MAX_STEPS = 64  # rows of the step embedding, of the static table and of the step norm
 OWN = ("lora", "controller", "gate", "step_norm")  # the parts of the model that are not the base's
+STEPS = "step-" + 7 * "[0-9]"  # the folders of a run's checkpoints
 
 # ---- The parts -------------------------------------------------------------------------------------------------------
 def svd_bases(residual, rank: int):
@@ -95,8 +95,7 @@ class Gate(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.constant_(self.linear.bias, -2.0)
     def forward(self, h_new, h):
-        g = torch.sigmoid(self.linear(torch.cat([h_new, h], dim=-1)))
-        return torch.lerp(h, h_new, g)
+        return torch.lerp(h, h_new, torch.sigmoid(self.linear(torch.cat([h_new, h], dim=-1))))
 
 class StepNorm(nn.Module):
     """RMSNorm with a weight of its own for each step t, ones at the start. [B, T, d] -> [B, T, d]"""
@@ -132,8 +131,8 @@ class Ouroboros(LanguageModel):
     prelude, coda: how many first and last layers stay; recurrent: index of the looped one (paper: 8, 18, 8 of 36; by
     default in that proportion). rank, alpha: of the SVD LoRA. depth: steps of the loop. modulation: controller,
     static or none; pool: prefix (causal) or sequence (as published); gate, step_norm: the ablation switches.
-    checkpointing: in training, a third more time for far less memory. Raises UserError for a cut that leaves nothing
-    before, after or in between, a rank above a projection's width, a depth outside 1..64 or an unknown switch."""
+    checkpointing: in training, a third more time for far less memory. Raises UserError for a cut, a rank, a depth or a
+    switch that makes no sense."""
     checkpointing = False
 
     def __init__(self, qwen: Qwen, prelude=None, recurrent=None, coda=None, rank=32, alpha=16.0, depth=8,
@@ -242,9 +241,8 @@ class Ouroboros(LanguageModel):
 
     @classmethod
     def load(cls, folder, base=None, dtype=torch.float32, device="cpu", checkpoint=None) -> "Ouroboros":
-        """The model that save wrote. Only the kept layers of its base are read (base: where it lies now, if it moved).
-        checkpoint: what read_checkpoint(folder) gave, if it has been read. Raises UserError if the folder is damaged or
-        the base is another model than the one it was trained on."""
+        """The model that save wrote. Only the kept layers of its base are read. base: where that lies now, if it moved;
+        checkpoint: what read_checkpoint(folder) gave. UserError if the folder is damaged or the base another model."""
         tensors, about = checkpoint or read_checkpoint(folder)
         with handling(folder, "read as a whole run on this base"):
             config = dict(about["model"])
@@ -272,19 +270,19 @@ def checksum(tensors: dict, about: str) -> str:
 def read_checkpoint(folder) -> tuple[dict, dict]:
     """(tensors, about) that save wrote: to this folder or, if it is a run's, as its newest checkpoint that is whole.
     What is damaged is named on stderr. Raises UserError if nothing whole is left."""
-    places = sorted(Path(folder).glob("step-*"), reverse=True) or [Path(folder)]
+    places = sorted(Path(folder).glob(STEPS), reverse=True) or [Path(folder)]
     for place in places:
         try:
             path = place / "ouroboros.safetensors"
-            with handling(path, "read as a whole checkpoint"), safe_open(path, framework="pt") as file:
-                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+            with handling(path, "read as a whole checkpoint", "bring back a copy"), safe_open(path, "pt") as file:
+                tensors, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()
                 if checksum(tensors, metadata["about"]) != metadata["sha256"]:
                     raise ValueError("its checksum does not fit")
                 return tensors, json.loads(metadata["about"])
         except UserError as error:
             if place == places[-1]:
                 raise
-            print(f"{error}; taking the checkpoint before it", file=sys.stderr)
+            print(f"{error}; now the checkpoint before it is taken", file=sys.stderr)
 
 def main():
     parser = ArgumentParser(description="Continue a prompt with a trained run.", usage=SUPPRESS)

@@ -141,8 +141,7 @@ class DecoderLayer(nn.Module):
 
 class KVCache:
     """Of a layer call, the keys and values [B, H_kv, T, D] of the tokens so far, how many, the sum of its inputs."""
-    keys = values = None
-    length = input_sum = 0
+    keys, values, length, input_sum = None, None, 0, 0
     def append(self, k, v):
         """Add tokens; return all keys and values so far."""
         k, v = (torch.cat([old, new], dim=2) if self.length else new for old, new in ((self.keys, k), (self.values, v)))
@@ -300,17 +299,16 @@ def weight_files(folder_or_repo) -> list[Path]:
     return [locate(folder_or_repo, name) for name in names]
 
 @contextmanager
-def handling(path, aim: str):
-    """Turn whatever goes wrong with a file into one line that names it. aim: what is done to it: "read as ..."."""
+def handling(path, aim: str, advice="check the name or get it again"):
+    """Turn whatever goes wrong with a file into one line that names it. aim: what is done to it, "read as ..."."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError):
+        if isinstance(error, (UserError, MemoryError)) or isinstance(error, RuntimeError) and "memory" in str(error):
             raise
-        reason, wrong = " ".join(str(error).split())[:300], f"cannot be {aim} ({type(error).__name__}: "
-        wrong = "no such file" if isinstance(error, FileNotFoundError) else f"{wrong}{reason})"
-        advice = "make room or name another folder" if aim == "written" else "check the name or get it again"
-        raise UserError(f"{path}: {wrong}; {advice}") from None
+        reason = f"cannot be {aim} ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        reason = "no such file" if isinstance(error, FileNotFoundError) else reason
+        raise UserError(f"{path}: {reason}; {advice}") from None
 
 def read_json(path: Path) -> dict:
     with handling(path, "read as a JSON object"):
@@ -330,7 +328,7 @@ def load_tokenizer(folder_or_repo, vocab_size=math.inf) -> Tokenizer:
 def replace_file(path: Path, write):
     """Call write(temporary path) and rename: a reader of `path` finds the old file or the new one, never half a one."""
     part = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
-    with handling(path, "written"):
+    with handling(path, "written", "make room or name another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(part)
@@ -352,9 +350,9 @@ def pick_device(name: str, dtype="auto"):
     auto is bfloat16 where the hardware multiplies it natively: CUDA since Ampere, a CPU that says so (Linux)."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = there[0] if name == "auto" else name
-    if name.partition(":")[0] not in there:
-        raise UserError(f"--device {name}: this machine and this build of torch have {', '.join(there)}")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)  # torchrun: one each
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # torchrun: one for each process
+    with handling(f"--device {name}", "used", f"this machine and this build of torch have {', '.join(there)}"):
+        device = torch.empty(0, device=name if name.split(":")[0] in there else "none").device
     cpu = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and sys.platform == "linux" else ""
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
         re.search("avx512_bf16|amx_bf16", cpu))
@@ -366,7 +364,7 @@ def exit_on_user_error(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, RuntimeError) as error:  # torch's "out of memory" is a RuntimeError
+    except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch's "out of memory" is a RuntimeError
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         advice = "try a smaller --batch-size, --seq-len or --depth, or --activation-checkpointing: "

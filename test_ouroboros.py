@@ -808,6 +808,7 @@ def test_without_a_working_compiler_it_says_so_in_one_line_and_goes_on(pretraine
     (["--depth", 0], "--depth"), (["--depth", 65], "depth 65"), (["--rank", 65], "rank 65 does not fit"),
     (["--rank", "many"], "--rank"), (["--model", "nowhere"], "no such folder"), (["--data", "no.txt"], "no such file"),
     (["--prelude", 11], "is no cut"), (["--device", "tpu"], "--device tpu"), (["--pool", "max"], "--pool"),
+    (["--device", "cpu:x"], "--device cpu:x: cannot be used"),
     (["--eval", "nowhere"], "nowhere/ouroboros.safetensors: no such file"), (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"), (["--x"], "--x"),
     (["--seed", "-1"], "--seed"), (["--resume", "a", "--eval", "b"], "not allowed with"),
@@ -864,7 +865,7 @@ def test_a_run_stopped_and_killed_and_resumed_ends_bit_for_bit_as_the_one_left_a
     (out / "log.jsonl").open("a").write('{"step": 4')  # a line that a kill cut short
     assert run(*resume).returncode == 0
     assert_same_end(alone, out)
-    assert len(list(out.glob("step-*"))) == 2 and not list(out.rglob("*.part*"))
+    assert len(list(out.glob("step-*"))) == 2 and not list(out.glob("step-*/*.part*"))
     again = run(*resume)  # nothing is left to do but to show the results again
     assert again.returncode == 0 and "gap recovered" in again.stdout
 
@@ -882,16 +883,23 @@ def test_what_may_change_on_the_way_changes_and_the_rest_is_refused(pretrained, 
     assert run("train.py", *common(pretrained, 6), "--out", out).returncode == 0
     for changed, message in [(["--rank", 5], "--rank cannot change"), (["--model", "tiny"], "--model cannot change"),
                              (["--no-gate"], "--gate cannot change"), (["--seed", 1], "--seed cannot change"),
-                             (["--batch-size", 2], "--batch-size times --accumulation must stay 4"),
-                             (["--out", "x"], "--out cannot change")]:
+                             (["--batch-size", 2], "--batch-size times --accumulation stay 4"),
+                             (["--steps", 5], "--steps must be 6 or more"), (["--out", "x"], "--out cannot change")]:
         refused = run("train.py", "--resume", out, *changed)
         assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+    os.utime(tmp_path / "text.txt")  # the text counts, not the time of its file
     changes = ["--steps", 9, "--eval-every", 2, "--batch-size", 2, "--accumulation", 2, "--rank", 4]
-    assert run("train.py", "--resume", out, *changes).returncode == 0
+    same = ["--model", os.path.relpath(pretrained), "--data", os.path.relpath(tmp_path / "text.txt")]
+    assert run("train.py", "--resume", out, *changes, *same).returncode == 0
     assert run("train.py", *common(pretrained, 9), "--eval-every", 2, "--out", alone).returncode == 0
     assert len(losses(out)) == 9 and json.loads((out / "args.json").read_text())["steps"] == 9
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "held_out" in row] == [1, 2, 3, 4, 5, 6, 8, 9]
+    shutil.copytree(out / "step-0000009", out / "step-0000009-mine")  # what another put there stays
+    assert run("train.py", "--resume", out / "step-0000006", "--steps", 8).returncode == 0  # back to the one before
+    assert sorted(p.name for p in out.glob("step*")) == ["step-0000006", "step-0000008", "step-0000009-mine"]
+    write_text(tmp_path / "text.txt", 399)
+    assert "not the text any more" in run("train.py", "--resume", out).stderr
 
 
 @pytest.fixture
@@ -918,7 +926,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(two_checkpoin
         others, other = read_checkpoint(two_checkpoints)
         error = capsys.readouterr().err
         if other["step"] == 1:
-            assert error.startswith(f"{path}: ") and error.count("\n") == 1 and "the checkpoint before it" in error
+            assert error.startswith(f"{path}: ") and error.count("\n") == 1 and "the checkpoint before it is" in error
             assert Ouroboros.load(two_checkpoints).depth == 1
             capsys.readouterr()
             recognised += 1
@@ -954,11 +962,32 @@ def test_a_step_without_a_number_changes_nothing_and_is_logged(tmp_path):
     train.train(small_model(), Fixed(empty=[3, 4]), Fixed(), arguments(tmp_path, steps=5), torch.device("cpu"))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(row["loss"] is None, row.get("skipped")) for row in rows] == [(False, None)] * 3 + [(True, 1), (True, 2)]
-    assert_same = [read_checkpoint(tmp_path / f"step-000000{step}")[0] for step in (4, 5)]
-    train.train(small_model(), Fixed(), Fixed(), arguments(tmp_path / "b", steps=3), torch.device("cpu"))
-    three = read_checkpoint(tmp_path / "b")[0]
-    for tensors in assert_same:
-        assert all(torch.equal(tensors[name], t) for name, t in three.items() if "exp_avg" in name or "step/" in name)
+    before, after = (read_checkpoint(tmp_path / f"step-000000{step}")[0] for step in (4, 5))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], t) for name, t in before.items())
+
+
+def test_nine_steps_without_a_number_and_nine_more_do_not_end_a_run(tmp_path):
+    fixed, args = Fixed(empty=[*range(1, 10), *range(11, 20)]), arguments(tmp_path, steps=21, save_every=100)
+    assert train.train(small_model(), fixed, Fixed(), args, torch.device("cpu")) == 0
+    assert [loss is None for loss in losses(tmp_path)] == [False, *[True] * 9, False, *[True] * 9, False]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
+    class Interrupting(Fixed):
+        def batch(self, *where):
+            if where[0] == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().batch(*where)
+
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            train.train(small_model(), Interrupting(), Fixed(), arguments(tmp_path), torch.device("cpu"))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert caught.value.code == 130 and len(losses(tmp_path)) == 1 and read_checkpoint(tmp_path)[1]["step"] == 1
 
 
 def test_ten_steps_without_a_number_end_the_run_with_what_to_try(pretrained, tmp_path):
@@ -999,10 +1028,11 @@ def test_a_folder_removed_under_a_run_is_one_clear_line(pretrained, tmp_path):
         assert process.poll() is None, process.communicate()
     out.rename(tmp_path / "elsewhere")
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 2 and "log.jsonl: no such file; make room or name another folder" in error
+    assert process.returncode == 2 and "log.jsonl: no such file; make room or bring its folder back" in error
     assert read_checkpoint(tmp_path / "elsewhere")[1]["step"] == 0
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build's libraries alone may not fit")
 def test_out_of_memory_ends_with_the_number_and_what_helps(pretrained):
     command = " ".join(map(str, [sys.executable, HERE / "train.py", *common(pretrained), "--device", "cpu"]))
     sizes = " --depth 64 --seq-len 256 --batch-size 512"

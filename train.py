@@ -5,6 +5,7 @@ source code of this machine, in a few minutes. Everything a run leaves is in run
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -12,7 +13,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from tqdm import tqdm
 
 from data import SOURCES, Batches, cache_folder, open_source
-from ouroboros import MODULATIONS, POOLS, Ouroboros, read_checkpoint
+from ouroboros import MODULATIONS, POOLS, STEPS, Ouroboros, read_checkpoint
 from qwen import (BUILT_IN, Config, Qwen, UserError, exit_on_user_error, handling, keep_freed_memory,
                   load_tokenizer, locate, pick_device, read_json, replace_file)
 
@@ -32,11 +32,12 @@ NAMES = ("steps", "seq_len", "batch_size", "accumulation", "lr", "norm_lr_scale"
 PRESETS = {"tiny": (1000, 256, 4, 1, 2e-3, 50.0, 20, 64),
            "cpu": (60, 256, 4, 1, 1e-3, 50.0, 6, 16),
            "paper": (1000, 2048, 2, 16, 3e-4, 1.0, 50, 32)}
-HERE = ("resume", "eval", "device", "compile", "activation_checkpointing")  # of this start, not of the run
-FREE = (*HERE, "steps", "lr", "batch_size", "accumulation", "eval_every", "eval_sequences", "save_every")  # may change
+FREE = ("resume", "eval", "device", "compile", "activation_checkpointing", "steps", "lr", "batch_size", "accumulation",
+        "eval_every", "eval_sequences", "save_every")  # what may change when a run goes on
 EVALUATION_SEED = 2**32  # evaluation reads in an order of its own, which no --seed gives
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-PROCESS, PROCESSES = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
+PROCESS, PROCESSES = (int(os.environ.get(name, alone)) if "MASTER_ADDR" in os.environ else alone
+                      for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun sets them
 
 def parse_arguments():
     p = argparse.ArgumentParser(description="Train the looped model of arXiv 2604.02051.", usage=argparse.SUPPRESS)
@@ -67,7 +68,7 @@ def parse_arguments():
     g("--device", default="auto", help="cuda, mps or cpu (the first of these there is)")
     g("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of what is frozen (by hardware)")
     g("--compile", choices=("auto", "on", "off"), default="auto", help="make the blocks faster (on CUDA)")
-    g("--activation-checkpointing", action="store_true", help="far less memory for a third more time")
+    g("--activation-checkpointing", action=argparse.BooleanOptionalAction, default=False, help="less memory, more time")
     g("--out", type=Path, help="folder of the run (runs/MODEL-depth8-rank32, numbered if it is taken)")
     g("--eval-every", type=int, help="steps between held-out losses (a fifth of the run)")
     g("--eval-sequences", type=int, help="sequences in each evaluation (64 for tiny)")
@@ -75,28 +76,28 @@ def parse_arguments():
     g = p.add_argument_group("instead of a new run").add_mutually_exclusive_group().add_argument
     g("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped; --steps, --lr and such may change")
     g("--eval", type=Path, metavar="RUN", help="only evaluate a run; with --data on other text than its own")
-    args = p.parse_args()
+    args, checkpoint = p.parse_args(), None
     if run := args.resume or args.eval:  # the run's own arguments are the defaults of the command line
-        checkpoint = read_checkpoint(run)
+        checkpoint, run = read_checkpoint(run), run.parent if run.match(STEPS) else run
         with handling(run, "read as a run of train.py"):
-            began, args = (p.parse_args(words, argparse.Namespace(**checkpoint[1]["args"])) for words in ([], None))
-        for name, value in vars(began).items():
-            if getattr(args, name) != value and name not in FREE and not (args.eval and name == "data"):
-                raise UserError(f"--{name.replace('_', '-')} cannot change: {run} began with {value}")
-        if args.resume and args.batch_size * args.accumulation != began.batch_size * began.accumulation:
-            raise UserError(f"--batch-size times --accumulation must stay {began.batch_size * began.accumulation}")
+            began, args = (p.parse_args(a, argparse.Namespace(**checkpoint[1]["args"], out=run)) for a in ([], None))
+    for name, own in (("model", BUILT_IN), ("data", SOURCES)):  # a run must find its files from any folder
+        if (value := getattr(args, name)) and value not in own and Path(value).exists():
+            setattr(args, name, str(Path(value).resolve()))
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < EVALUATION_SEED or name == "seed" and value == 0):
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number above 0 and below 2^32")
     if run:
-        args.out, args.checkpoint = run, checkpoint
+        for name, value in vars(began).items():
+            if getattr(args, name) != value and name not in FREE and not (args.eval and name == "data"):
+                raise UserError(f"--{name.replace('_', '-')} cannot change: {run} began with {value}")
+        args.checkpoint, step, size = checkpoint, checkpoint[1]["step"], began.batch_size * began.accumulation
+        if args.steps < step or args.resume and args.batch_size * args.accumulation != size:
+            raise UserError(f"{run}: --steps must be {step} or more, --batch-size times --accumulation stay {size}")
         return args
     on_cuda = pick_device(args.device)[0].type == "cuda"
     args.model = args.model or ("Qwen/Qwen2.5-3B" if on_cuda else "tiny")
     args.data = args.data or ("fineweb-edu" if on_cuda else "python")
-    for name, own in (("model", BUILT_IN), ("data", SOURCES)):  # a run must find its files from any folder
-        value = getattr(args, name)
-        setattr(args, name, str(Path(value).resolve()) if Path(value).exists() and value not in own else value)
     if args.out and any(p.is_file() and ".part" not in p.suffixes for p in (args.out, *args.out.rglob("*"))):
         raise UserError(f"{args.out}: is there already, and nothing saved is overwritten; choose another --out")
     for name, value in zip(NAMES, PRESETS["tiny" if args.model == "tiny" else "paper" if on_cuda else "cpu"]):
@@ -123,7 +124,7 @@ def train(model: Ouroboros, batches: Batches, held_out: Batches, args, device) -
              for i, name in enumerate(parameters) if f"step/{name}" in tensors}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     log, per_step, skipped, stop = args.out / "log.jsonl", args.batch_size * args.accumulation, 0, False
-    mine = range(per_step * PROCESS // PROCESSES, per_step * (PROCESS + 1) // PROCESSES)  # of a step's sequences
+    own = range(per_step * PROCESS // PROCESSES, per_step * (PROCESS + 1) // PROCESSES)  # of a step's sequences
     if PROCESS == 0:
         if not args.resume:
             save_checkpoint(args, model, optimizer, 0)
@@ -131,19 +132,21 @@ def train(model: Ouroboros, batches: Batches, held_out: Batches, args, device) -
         rows = log.read_text(errors="replace").splitlines(keepends=True)[:done] if log.exists() else []
         replace_file(log, lambda part: part.write_text("".join(rows)))
     signals = []  # the first ends with the step, a second Ctrl-C at once; but torchrun sends each twice
-    def note(number, _):
-        return sys.exit(130) if signals and number == signal.SIGINT and PROCESSES == 1 else signals.append(number)
-    before = [signal.signal(number, note) for number in STOPPING]
+    def on_signal(number, _):
+        if signals and number == signal.SIGINT and PROCESSES == 1:
+            sys.exit(130)
+        signals.append(number)
+    handlers = [signal.signal(number, on_signal) for number in STOPPING]
     with tqdm(initial=done, total=args.steps, unit="step", disable=PROCESS > 0) as bar:
         for step in range(done, args.steps):
             started, rate, loss = time.perf_counter(), args.lr * schedule(step, args), 0.0
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            for first in mine[:: args.batch_size]:
-                size = min(args.batch_size, mine.stop - first)
-                part = model.loss(*batches.batch(step * per_step + first, size, device)) * (size / per_step)
-                part.backward()
-                loss += part.detach()
+            for first in own[:: args.batch_size]:
+                size = min(args.batch_size, own.stop - first)
+                share = model.loss(*batches.batch(step * per_step + first, size, device)) * (size / per_step)
+                share.backward()
+                loss += share.detach()
             loss, stop = sum_over_processes(parameters.values(), loss, len(signals))
             norm = clip_grad_norm_(parameters.values(), 1.0).item()
             row, last = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate}, step + 1 == args.steps
@@ -159,7 +162,7 @@ def train(model: Ouroboros, batches: Batches, held_out: Batches, args, device) -
                 if (step + 1) % args.eval_every == 0 or last:
                     row["held_out"] = evaluate(model.loss, held_out, args, device)
                     bar.write(f"step {step + 1}: held-out loss {row['held_out']:.3f}")
-                with handling(log, "written"), open(log, "a") as file:
+                with handling(log, "written", "make room or bring its folder back"), open(log, "a") as file:
                     file.write(json.dumps(row) + "\n")
                 bar.update()
                 bar.set_postfix_str(f"loss {loss:.3f}, {row['tokens_per_s']} tokens/s")
@@ -170,15 +173,16 @@ def train(model: Ouroboros, batches: Batches, held_out: Batches, args, device) -
                                 f"--resume {args.out} --lr {args.lr / 3:.1g}, or begin anew with --dtype float32")
             if stop:
                 break
-    for number, handler in zip(STOPPING, before):
+    for number, handler in zip(STOPPING, handlers):
         signal.signal(number, handler)
-    return (signals or STOPPING)[0] if stop and not last else 0
+    return (signals or STOPPING)[-1] if stop else 0
 
 def sum_over_processes(parameters, *numbers) -> list[float]:
     """The sums over the processes of these numbers and, in place, of all gradients: one flat all_reduce."""
     if PROCESSES > 1:
         grads = [p.grad for p in parameters]
-        vector = parameters_to_vector([*grads, numbers := grads[0].new_tensor(numbers)])
+        numbers = grads[0].new_tensor(numbers)
+        vector = parameters_to_vector([*grads, numbers])
         try:
             dist.all_reduce(vector)
         except RuntimeError as error:
@@ -191,11 +195,12 @@ def save_checkpoint(args, model: Ouroboros, optimizer, step: int):
     function of the seed and the step, so there is no other random state."""
     moments = {f"{key}/{name}": moment for name, p in model.trained_parameters().items()
                for key, moment in optimizer.state[p].items()}
-    kept = {name: value for name, value in vars(args).items() if name not in (*HERE, "out", "checkpoint")}
+    kept = {name: value for name, value in vars(args).items() if name not in ("resume", "eval", "out", "checkpoint")}
     model.save(args.out / f"step-{step:07}", moments, step=step, args=kept)
     replace_file(args.out / "args.json", lambda part: part.write_text(json.dumps(kept, indent=2) + "\n"))  # to be read
-    for old in sorted(args.out.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
+    steps = sorted(args.out.glob(STEPS))
+    for old in {*steps} - {*[path for path in steps if path.name <= f"step-{step:07}"][-2:]}:  # what lies ahead is dead
+        shutil.rmtree(old, ignore_errors=True)
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -218,7 +223,8 @@ def baselines(model: Ouroboros, qwen: Qwen | None, columns: dict, args, device) 
         losses = {name: {column: evaluate(loss_of, batches, args, device) for column, batches in columns.items()}
                   for name, loss_of in (("full", qwen.loss), ("cut", lambda *batch: model.loss(*batch, cut=True)))}
         replace_file(path, lambda part: part.write_text(json.dumps(losses)))
-    return read_json(path)
+    with handling(path, "read as losses", "delete it, it is then made anew"):
+        return {name: read_json(path)[name] for name in ("full", "cut")}
 
 def print_results(model: Ouroboros, results: dict):
     full, cut, ours = (results[name] for name in ("full", "cut", "ouroboros"))
@@ -237,7 +243,8 @@ def announce_download(args):
     size *= 1 + math.ceil(args.steps * args.accumulation * args.batch_size * args.seq_len / 1e8)
     if not Path(args.model).is_dir() and args.model not in BUILT_IN:
         index = locate(args.model, "model.safetensors.index.json", required=False)
-        size += (read_json(index).get("metadata") or {}).get("total_size", 0) / 1e9 if index else 1
+        with handling(index, "read as an index"):
+            size += read_json(index)["metadata"]["total_size"] / 1e9 if index else 1
     if size:
         free = shutil.disk_usage(next(p for p in Path(constants.HF_HUB_CACHE).parents if p.exists())).free / 1e9
         print(f"about {size:.1f} GB are fetched from the Hub, once and when needed; {free:.0f} GB are free", flush=True)
@@ -305,12 +312,13 @@ def main():
     del qwen  # and with it the removed layers
     if not args.eval:
         training = batches("train", args.target_offset, args.seed)
-        if args.resume and args.text != training.folder.name:
+        text = hashlib.sha256(training.chunk(0)).hexdigest()[:16]
+        if args.resume and args.text != text:
             raise UserError(f"{args.data}: not the text any more with which {args.out} began; bring it back to go on")
         if not args.resume:
             name = f"runs/{Path(args.model).name}-depth{args.depth}-rank{args.rank}"
             free = (p for i in range(1, 10**6) if not (p := Path(name + f"-{i}" * (i > 1))).exists())
-            args.out, args.text = args.out or next(free), training.folder.name
+            args.out, args.text = args.out or next(free), text
         announce_training(model, training, args, device)
         if number := train(model, training, columns["held-out"], args, device):
             print(f"stopped, and saved. Go on: python train.py --resume {args.out} (--eval: see how good it is)")
@@ -326,9 +334,8 @@ def main():
         out = model.generate(prompt, 48, temperature=0.7)[0, prompt.shape[1] :]
         text, more = (tokenizer.decode(ids.tolist()) for ids in (prompt[0], out))
         print(f"\nheld-out text, and after the bar how the model goes on:\n{text}\u2502{more}")
-        with suppress(ImportError):  # no matplotlib, no picture
-            from experiments.plots import plot_losses
-            plot_losses(args.out)
+        from experiments.plots import plot_losses  # only now, since importing matplotlib takes its time
+        plot_losses(args.out)
         print(f'\nAll of it is in {args.out}. Write on: python ouroboros.py {args.out} --prompt "..."')
 
 if __name__ == "__main__":

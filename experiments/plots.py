@@ -7,13 +7,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from qwen import read_json, replace_file
+from qwen import handling, read_json, replace_file
 
 
 def plot_losses(run: Path):
     """loss.png: training and held-out loss by step, with the full and the cut model as lines."""
     results = read_json(run / "results.json")
-    rows = list({row["step"]: row for row in map(json.loads, (run / "log.jsonl").open())}.values())
+    with handling(run / "log.jsonl", "read as a line of JSON for each step"):
+        rows = [json.loads(line) for line in (run / "log.jsonl").open()]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], color="0.7", linewidth=0.8, label="training")
