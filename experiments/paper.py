@@ -306,7 +306,8 @@ def main():
             print(name, "" if done.returncode == 0 else f"failed: {done.stderr[-2000:]}", flush=True)
         return path
     with ThreadPoolExecutor(ours.jobs) as pool:
-        list(pool.map(subprocess_of, ["baselines", *all_runs(ours.central, ours.steps)]))
+        names = sorted(all_runs(ours.central, ours.steps), key=lambda name: "depth16" in name)  # the slow ones last
+        list(pool.map(subprocess_of, ["baselines", *names]))
     from paper_tables import write_all
     write_all(ours.results)
 
