@@ -332,7 +332,7 @@ def replace_file(path: Path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(part)
-            with open(part, "rb") as file:
+            with open(part, "r+b") as file:
                 os.fsync(file.fileno())  # else a power cut may keep the new name and lose what it names
             os.replace(part, path)
         finally:

@@ -145,7 +145,7 @@ def draw_curves(results: Results, folder: Path):
         axes.axhline(results.base[which]["held-out"], color="black", linewidth=0.8, linestyle=style,
                      label=f"{which} model, held-out")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2)
     picture(folder, "curves", figure)
 
 
@@ -161,6 +161,7 @@ def draw_depths(results: Results, folder: Path):
                           linewidth=0.8, label=f"trained: {name.removesuffix(' controller')}")
     axes.axhline(results.base["cut"]["held-out"], color="0.5", linestyle=":", label="cut model")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(tested := (1, 2, 4, 8, 16, 32), tested)
     axes.set(xlabel="depth at test time", ylabel="held-out loss, nats per token")
     axes.legend(fontsize="small")
     picture(folder, "depth", figure)
