@@ -1,6 +1,6 @@
 """The paper's experiments, mended: python experiments/paper.py
 
-Trains every configuration on the built-in model (two at a time, about two hours on two cores), goes on where it was
+Trains every configuration on the built-in model (two at a time, an hour and a half on two cores), goes on where it was
 interrupted, and writes what it measured to experiments/paper/tiny: a JSON file for each run (arguments, losses, the
 loss of every step), tables.md and the pictures. --model FOLDER --data FOLDER --steps 60 does the central ones on
 another model. Losses are in nats per token; each table has the held-out text of the training distribution ("held-out")
