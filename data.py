@@ -124,7 +124,6 @@ class Batches:
         if not self.sequences(0):
             raise UserError(f"the {'held-out' if split == 'val' else 'training'} text is too short for one sequence of "
                             f"{length} tokens; give more text or a smaller --seq-len")
-
     def chunk(self, i: int) -> np.ndarray | None:
         """The tokens of chunk i, from the cache or encoded now; None after the last."""
         while i >= len(self.tokens) and not self.complete:
@@ -142,17 +141,13 @@ class Batches:
             self.complete = len(tokens) == 0  # an empty file marks the end
             self.tokens += [] if self.complete else [tokens]
         return self.tokens[i] if i < len(self.tokens) else None
-
     def encode(self, documents) -> np.ndarray:
         documents = [d.encode("utf-8", "replace").decode() for d in documents if d.strip()]  # no lone surrogates
         encodings = self.tokenizer.encode_batch_fast(documents, add_special_tokens=False)
         return np.concatenate([np.zeros(0, self.dtype), *(np.array([*e.ids, self.end], self.dtype) for e in encodings)])
-
-    def sequences(self, i: int) -> int:
-        """How many sequences chunk i holds."""
+    def sequences(self, i: int) -> int:  # how many chunk i holds
         tokens = self.chunk(i)
         return 0 if tokens is None else max(0, (len(tokens) - self.offset) // self.length)
-
     def locate(self, n: int) -> tuple[int, int, int]:
         """(epoch, chunk, place in its shuffled order) of sequence n of the training order."""
         for epoch in count():
@@ -160,7 +155,6 @@ class Batches:
                 if n < self.sequences(i):
                     return epoch, i, n
                 n -= self.sequences(i)
-
     def batch(self, first: int, size: int, device="cpu"):
         """Sequences first .. first+size-1 of the training order: inputs and targets, [size, T] int64 each."""
         windows = []

@@ -9,8 +9,13 @@
     h -> coda -> final norm -> lm head -> logits [B,T,V]
 
 The pretrained layers and the bases A, B are frozen; Controller, gate and step norm are trained (arXiv 2604.02051), in
-float32. They are cast to the type of the state where they are used, so bf16 needs no autocast. A trained run continues
-a prompt: python ouroboros.py runs/NAME --prompt "..."
+float32. They are cast to the type of the state where they are used, so bf16 needs no autocast.
+
+Past the paper (patch, train_coda): a matrix P at each seam, where layers were cut out, h + P h before and after the
+loop (after LinearPatch, arXiv 2505.24680); in the loop h + o_t (h_new - h) instead of gate and step norm, with o_0 = 1
+and o_t = 0 at the start; and a LoRA on the coda. As P = 0 too, training starts exactly from the cut model.
+
+A trained run continues a prompt: python ouroboros.py runs/NAME --prompt "..."
 """
 
 import hashlib
@@ -18,6 +23,7 @@ import json
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -27,11 +33,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen import (PROJECTIONS, LanguageModel, Qwen, UserError, exit_on_user_error, handling, keep_freed_memory,
-                  load_tokenizer, pick_device, plain, promote, replace_file)
+from qwen import (DOWN, GATE, PROJECTIONS, LanguageModel, O, Q, Qwen, UserError, exit_on_user_error, handling,
+                  keep_freed_memory, load_tokenizer, pick_device, plain, promote, replace_file)
 
 MAX_STEPS = 64  # rows of the step embedding, of the static table and of the step norm
-OWN = ("lora", "controller", "gate", "step_norm")  # the parts of the model that are not the base's
 STEPS = "step-" + 7 * "[0-9]"  # the folders of a run's checkpoints
 
 # ---- The parts -------------------------------------------------------------------------------------------------------
@@ -57,7 +62,11 @@ class SVDLoRA(nn.Module):
         return F.linear(F.linear(x, self.A) * (self.scale * m), self.B)
 
 class Linear(nn.Linear):
-    """A linear layer of float32 weights that computes in the type of its input."""
+    """A linear layer of float32 weights, zero at the start if so asked, that computes in the type of its input."""
+    def __init__(self, into: int, out: int, bias=True, zero=False):
+        super().__init__(into, out, bias)
+        if zero:
+            nn.init.zeros_(self.weight)
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -69,8 +78,7 @@ class Controller(nn.Module):
         super().__init__()
         self.reduce, self.step = Linear(d, 2 * s), nn.Embedding(MAX_STEPS, s)
         self.join, self.narrow = Linear(3 * s, 2 * s), Linear(2 * s, s)
-        self.heads = Linear(s, len(PROJECTIONS) * rank, bias=False)  # the seven, side by side
-        nn.init.zeros_(self.heads.weight)
+        self.heads = Linear(s, len(PROJECTIONS) * rank, bias=False, zero=True)  # the seven, side by side
     def forward(self, pooled, t: int):
         p = F.silu(self.reduce(pooled))
         W_p, W_e = self.join.weight.split([p.shape[-1], self.step.embedding_dim], dim=1)  # W [p; e] = W_p p + W_e e,
@@ -91,8 +99,7 @@ class Gate(nn.Module):
     W_g = 0 and b_g = -2 at the start: sigmoid(-2) = 0.12, so 88% of the old state stays."""
     def __init__(self, d: int):
         super().__init__()
-        self.linear = Linear(2 * d, d)
-        nn.init.zeros_(self.linear.weight)
+        self.linear = Linear(2 * d, d, zero=True)
         nn.init.constant_(self.linear.bias, -2.0)
     def forward(self, h_new, h):
         return torch.lerp(h, h_new, torch.sigmoid(self.linear(torch.cat([h_new, h], dim=-1))))
@@ -104,6 +111,20 @@ class StepNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(MAX_STEPS, d)), eps
     def forward(self, h, t: int):
         return F.rms_norm(h, h.shape[-1:], self.weight[t].to(h.dtype), self.eps)
+
+class CodaAdapter(nn.Module):
+    """How to apply the projections of a coda layer, `project`, once its two norms and a plain LoRA (arXiv 2106.09685)
+    are trained: W x' + B A x', where x' = (1 + c) x behind a norm, and c = B = 0 at the start. rank 0: the norms alone.
+    [B, T, in] -> [B, T, out]"""
+    def __init__(self, layer, rank: int):
+        super().__init__()
+        projections = [layer.get_submodule(name) for name in PROJECTIONS]
+        self.change = nn.Parameter(torch.zeros(2, projections[Q].in_features))
+        self.A = nn.ModuleList(Linear(p.in_features, rank, bias=False) for p in projections if rank)
+        self.B = nn.ModuleList(Linear(rank, p.out_features, bias=False, zero=True) for p in projections if rank)
+    def forward(self, projection, x, k: int):
+        x = x if k in (O, DOWN) else x + x * self.change[k // GATE].to(x.dtype)
+        return projection(x) + self.B[k](self.A[k](x)) if self.A else projection(x)
 
 def prefix_mean(h, cache=None):
     """pool(h): for every position, the mean over it and all before it. [B, T, d] -> [B, T, d]
@@ -120,6 +141,7 @@ def sequence_mean(h, cache=None):
 
 POOLS = {"prefix": prefix_mean, "sequence": sequence_mean}
 MODULATIONS = ("controller", "static", "none")
+CODAS = {"none": None, "norms": 0, "lora": 4}  # what of the coda is trained -> the rank of its adapters
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 def default_cut(layers: int) -> tuple[int, int, int]:
@@ -130,24 +152,24 @@ class Ouroboros(LanguageModel):
     """The looped model on a pretrained Qwen, whose layers it shares and freezes.
     prelude, coda: how many first and last layers stay; recurrent: index of the looped one (paper: 8, 18, 8 of 36; by
     default in that proportion). rank, alpha: of the SVD LoRA. depth: steps of the loop. modulation: controller,
-    static or none; pool: prefix (causal) or sequence (as published); gate, step_norm: the ablation switches.
-    checkpointing: in training, a third more time for far less memory. Raises UserError for a cut, a rank, a depth or a
-    switch that makes no sense."""
+    static or none; pool: prefix (causal) or sequence (as published); gate, step_norm: the ablation switches. patch,
+    train_coda: past the paper, as above. checkpointing: in training, a third more time for far less memory. Raises
+    UserError for a cut, a rank, a depth or a switch that makes no sense."""
     checkpointing = False
-
     def __init__(self, qwen: Qwen, prelude=None, recurrent=None, coda=None, rank=32, alpha=16.0, depth=8,
-                 modulation="controller", pool="prefix", gate=True, step_norm=True):
+                 modulation="controller", pool="prefix", gate=True, step_norm=True, patch=False, train_coda="none"):
         super().__init__()
         L, d, eps = len(qwen.layers), qwen.config.hidden_size, qwen.config.rms_norm_eps
         prelude, recurrent, coda = (c if x is None else x for x, c in zip((prelude, recurrent, coda), default_cut(L)))
         if not (prelude >= 1 and coda >= 1 and prelude <= recurrent < L - coda and L - coda - prelude > 1):
             raise UserError(f"prelude {prelude}, recurrent {recurrent} (counted from 0), coda {coda} is no cut of {L} "
                             "layers: keep one before, one after, the recurrent one between, and let some go")
-        if not (1 <= depth <= MAX_STEPS and modulation in MODULATIONS and pool in POOLS):
-            raise UserError(f"depth {depth}, modulation {modulation!r}, pool {pool!r}: depth is 1 to {MAX_STEPS}, "
-                            f"and the others are one of {MODULATIONS} and of {tuple(POOLS)}")
+        if not (1 <= depth <= MAX_STEPS and modulation in MODULATIONS and pool in POOLS and train_coda in CODAS):
+            raise UserError(f"depth {depth}, modulation {modulation!r}, pool {pool!r}, train_coda {train_coda!r}: "
+                            f"depth is 1 to {MAX_STEPS}, the others are one of {MODULATIONS}, {(*POOLS,)}, {(*CODAS,)}")
         self.settings = dict(prelude=prelude, recurrent=recurrent, coda=coda, rank=rank, alpha=alpha, depth=depth,
-                             modulation=modulation, pool=pool, gate=gate, step_norm=step_norm)
+                             modulation=modulation, pool=pool, gate=gate, step_norm=step_norm, patch=patch,
+                             train_coda=train_coda)
         self.config, self.source, self.layers, self.depth = qwen.config, qwen.source, L, depth
         # Frozen: the kept layers and the bases of what was removed.
         self.embed_tokens, self.norm, self.lm_head = qwen.embed_tokens, qwen.norm, qwen.lm_head
@@ -164,10 +186,12 @@ class Ouroboros(LanguageModel):
             self.controller = StaticModulation(rank)
         # A pool that sees the future leaves nothing to keep: a new token changes what all earlier ones gave.
         self.cacheable = modulation != "controller" or pool == "prefix"
-        self.gate = Gate(d) if gate else None
-        self.step_norm = StepNorm(d, eps) if step_norm else None
+        self.opening = nn.Parameter(torch.eye(depth, 1).repeat(1, d)) if patch else None
+        self.gate = Gate(d) if gate and not patch else None
+        self.step_norm = StepNorm(d, eps) if step_norm and not patch else None
+        self.patches = nn.ModuleList(Linear(d, d, bias=False, zero=True) for _ in range(2 * patch))
+        self.adapters = nn.ModuleList(CodaAdapter(x, CODAS[train_coda]) for x in self.coda if train_coda != "none")
         self.to(self.embed_tokens.weight.device)
-
     @torch.no_grad()
     def residual_bases(self, removed, rank: int):
         """(A_k, B_k) of R_k = mean over the removed layers of W_k, minus the recurrent layer's W_k; k = 1..7. Where the
@@ -183,10 +207,8 @@ class Ouroboros(LanguageModel):
                 factors = svd_bases(mean - promote(W), rank)
             bases.append([factor.to(W) for factor in factors])
         return bases
-
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
     def hidden(self, ids, depth=None, cache=None, cut=False):
         """ids [B, T] -> normalised last hidden state [B, T, d]. depth: steps of the loop; default: the model's own.
         cut: the baseline instead, which passes through the recurrent layer once, as it is."""
@@ -199,19 +221,20 @@ class Ouroboros(LanguageModel):
                 h = layer(h, rotary, next(caches))
         keep_inputs_only = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         call = keep_inputs_only if self.checkpointing and torch.is_grad_enabled() else lambda block, *x: block(*x)
+        patched = self.patches and not cut
+        h = h + self.patches[0](h) if patched else h
         for t in range(0 if cut else depth):
             h = call(self.loop_step, h, t, rotary, next(caches))
-        for layer in self.coda:
-            h = call(layer, h, rotary, next(caches))
+        h = h + self.patches[1](h) if patched else h
+        for layer, project in zip(self.coda, repeat(plain) if cut or not self.adapters else self.adapters):
+            h = call(layer, h, rotary, next(caches), project)
         return self.norm(h)
-
     def compile_blocks(self, **how):
         """torch.compile the turn of the loop and every prelude and coda layer. No name in a checkpoint changes."""
         for layer in (*self.prelude, *self.coda):
             layer.compile(**how)
         self.loop_step = torch.compile(self.loop_step, **how)
         self.generate = torch.compiler.set_stance("force_eager")(self.generate)  # its shapes change with each token
-
     def loop_step(self, h, t: int, rotary, cache=None):
         """One turn of the loop, the equations at the head of this file. [B, T, d] -> [B, T, d]"""
         s = min(t, self.depth - 1)  # past the trained depth, the last trained step's embedding and norm go on
@@ -221,16 +244,16 @@ class Ouroboros(LanguageModel):
             def project(projection, x, k):
                 return projection(x) + self.lora[k](x, m[k])
         h_new = self.recurrent(h, rotary, cache, project)
+        if self.opening is not None:
+            return torch.lerp(h, h_new, self.opening[s].to(h.dtype))
         h_new = h_new if self.step_norm is None else self.step_norm(h_new, s)
         return self.gate(h_new, h) if self.gate is not None else h_new
-
     def cut(self, ids):  # [B, T] -> logits [B, T, V] of the cut baseline
         return self(ids, cut=True)
-
     def own(self) -> dict[str, torch.Tensor]:
         """What is not the base's: the trained weights and the bases."""
-        return {name: t for name, t in self.state_dict().items() if name.split(".")[0] in OWN}
-
+        trained = self.trained_parameters()
+        return {name: t for name, t in self.state_dict().items() if name in trained or name.startswith("lora.")}
     def save(self, folder, more=None, **about):
         """Write the trained weights, the bases and every switch, whole or not at all, to folder/ouroboros.safetensors.
         more: other tensors, and about: other JSON values, that go with them."""
@@ -238,7 +261,6 @@ class Ouroboros(LanguageModel):
         tensors, about = self.own() | (more or {}), json.dumps({"model": config, **about})
         metadata = {"about": about, "sha256": checksum(tensors, about)}
         replace_file(Path(folder) / "ouroboros.safetensors", lambda part: save_file(tensors, part, metadata))
-
     @classmethod
     def load(cls, folder, base=None, dtype=torch.float32, device="cpu", checkpoint=None) -> "Ouroboros":
         """The model that save wrote. Only the kept layers of its base are read. base: where that lies now, if it moved;
@@ -254,7 +276,6 @@ class Ouroboros(LanguageModel):
         if model.fingerprint() != fingerprint:
             raise UserError(f"{base or saved_base} is not that model, {saved_base}, on which {folder} was trained")
         return model
-
     def fingerprint(self) -> str:
         """A hash of values from every frozen tensor of the base, the same for each type and device it is loaded in."""
         frozen = {name: p.flatten() for name, p in self.named_parameters() if not p.requires_grad}

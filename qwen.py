@@ -1,8 +1,7 @@
 """The Qwen2.5 decoder in plain PyTorch, from one rotation up to a pretrained model that generates text.
 
-Read it top to bottom. The one thing a plain decoder would not have is the argument `project` of a layer: *how to
-apply a projection*. By default a projection is just applied; ouroboros.py passes a version that modulates it.
-Letters in the shape comments: B sequences, T tokens, d hidden_size, H heads of D channels, V vocabulary.
+One thing a plain decoder would not have: a layer takes the argument `project`, *how to apply a projection*, by which
+ouroboros.py changes it. Letters in shapes: B sequences, T tokens, d hidden_size, H heads of D channels, V vocabulary.
 """
 
 import ctypes
@@ -55,13 +54,11 @@ class Config(namedtuple("Config", "vocab_size hidden_size intermediate_size num_
             if not all(0 < x < math.inf for x in c.values()) or c["head_dim"] % 2 or c["num_hidden_layers"] > 999 or (
                     c["num_attention_heads"] % c["num_key_value_heads"]):
                 raise ValueError(f"sizes that do not fit together: {c}")
-            eos = raw["eos_token_id"]
-            ends = [eos] if isinstance(eos, int) else eos or ()
+            ends = [raw["eos_token_id"]] if isinstance(raw["eos_token_id"], int) else raw["eos_token_id"] or ()
             return cls(**c, tie_word_embeddings=raw["tie_word_embeddings"] is True,
                        eos_token_id=tuple(e for e in map(int, ends) if 0 <= e < c["vocab_size"]))
 
-def promote(x):
-    """x in float32 or, if it is float64 already, as it is: bf16 is too coarse for sums."""
+def promote(x):  # to float32 or, if it is float64 already, not at all: bf16 is too coarse for sums
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 @lru_cache(maxsize=4)
@@ -88,13 +85,10 @@ def attend(q, k, v):
         mask = torch.full((T, S), -torch.inf, dtype=q.dtype, device=q.device).triu(S - T + 1) if T > 1 else 0
         weights = (scores.view(B, H, T, S) + mask).softmax(-1)
         return (weights.view(scores.shape) @ v).view(B, H, T, D)
-    if q.is_cuda and q.dtype == torch.float32:  # for which only the kernel without groups is fused
-        k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=bool(1 < T == S), enable_gqa=True)
 
-def plain(projection: nn.Linear, x, which: int):
-    """How a plain layer applies its projection number `which`: as it is."""
+def plain(projection: nn.Linear, x, which: int):  # how a plain layer applies its projection number `which`: as it is
     return projection(x)
 
 class Attention(nn.Module):
@@ -142,8 +136,7 @@ class DecoderLayer(nn.Module):
 class KVCache:
     """Of a layer call, the keys and values [B, H_kv, T, D] of the tokens so far, how many, the sum of its inputs."""
     keys, values, length, input_sum = None, None, 0, 0
-    def append(self, k, v):
-        """Add tokens; return all keys and values so far."""
+    def append(self, k, v):  # tokens; returns all keys and values so far
         k, v = (torch.cat([old, new], dim=2) if self.length else new for old, new in ((self.keys, k), (self.values, v)))
         self.keys, self.values, self.length = k, v, k.shape[2]
         return k, v
@@ -177,27 +170,20 @@ class LanguageModel(nn.Module):
     cache: a defaultdict(KVCache) whose keys number the layer calls of a forward; ids are the tokens that follow it.
     lm_head is None where the head is tied to the embedding."""
     cacheable = True
-
     def start(self, ids, cache=None):
         """The rotary tables of ids [B, T], which follow what is in the cache, and the caches for the layer calls."""
         first, caches = (0, repeat(None)) if cache is None else (cache[0].length, map(cache.__getitem__, count()))
         tables = rotary_tables(self.config, 1 << (first + ids.shape[1] - 1).bit_length(), ids.device)  # few lengths
         return [table[first : first + ids.shape[1]] for table in tables], caches
-
     @property
-    def head(self):
-        """The weight [V, d] that turns hidden states into logits."""
+    def head(self):  # [V, d]
         return (self.lm_head or self.embed_tokens).weight
-
-    def forward(self, ids, **how):
-        """ids [B, T] int64 -> logits [B, T, V]"""
+    def forward(self, ids, **how):  # ids [B, T] int64 -> logits [B, T, V]
         return F.linear(self.hidden(ids, **how), self.head)
-
     def loss(self, ids, targets, **how):
         """Mean cross entropy, in nats, of targets [B, T] already aligned with ids [B, T]; -100 does not count."""
         assert not (torch.is_grad_enabled() and self.head.requires_grad), "freeze the head: it gets no gradient here"
         return HeadLoss.apply(self.hidden(ids, **how).flatten(0, 1), self.head, targets.flatten())
-
     @torch.no_grad()
     def generate(self, ids, max_new_tokens=32, temperature=0.0, **how):
         """Continue prompts of one length: ids [B, T] -> [B, T + n], n <= max_new_tokens; the likeliest token at
@@ -219,23 +205,19 @@ class LanguageModel(nn.Module):
 
 class Qwen(LanguageModel):
     """The Qwen2.5 decoder, its modules named as in a Hub checkpoint: ids [B, T] -> logits [B, T, V]."""
-    def __init__(self, config: Config):
+    def __init__(self, c: Config):
         super().__init__()
-        self.config, self.source = config, None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        untied = not config.tie_word_embeddings
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if untied else None
-
-    def hidden(self, ids, cache=None):
-        """ids [B, T] -> normalised last hidden state [B, T, d]"""
+        self.config, self.source = c, None
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+    def hidden(self, ids, cache=None):  # ids [B, T] -> normalised last hidden state [B, T, d]
         rotary, caches = self.start(ids, cache)
         x = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x, rotary, next(caches))
         return self.norm(x)
-
     @classmethod
     def from_pretrained(cls, folder_or_repo, dtype=torch.float32, device="cpu", layers=None) -> "Qwen":
         """Load config.json and the safetensors weights of a folder, of a Hub repository or of the built-in "tiny".

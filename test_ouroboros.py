@@ -231,7 +231,8 @@ def greedy_without_cache(model, ids, n, **how):
 
 
 SWITCHES = [{}, {"pool": "sequence"}, {"modulation": "static"}, {"modulation": "none"}, {"gate": False},
-            {"step_norm": False}, {"gate": False, "step_norm": False, "modulation": "none"}]
+            {"step_norm": False}, {"patch": True, "train_coda": "lora"}, {"train_coda": "norms", "modulation": "none"},
+            {"gate": False, "step_norm": False, "modulation": "none"}]
 names = [", ".join(f"{k}={v}" for k, v in s.items()) or "all" for s in SWITCHES]
 
 
@@ -383,6 +384,33 @@ def test_steps_past_the_trained_depth_reuse_the_last_trained_steps_embedding_and
         assert not torch.equal(model(ids, depth=5), before)
 
 
+@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("train_coda", ["none", "norms", "lora"])
+def test_with_patch_training_starts_exactly_from_the_cut_model(depth, train_coda):
+    model, ids = small_model(randomise=False, depth=depth, patch=True, train_coda=train_coda), tokens()
+    assert torch.equal(model(ids), model.cut(ids))
+    assert not torch.allclose(small_model(randomise=False, depth=depth)(ids), model.cut(ids), atol=1e-2)
+
+
+@torch.no_grad()
+def test_what_patch_and_coda_train_is_what_their_equations_say():
+    model, ids = small_model(torch.float64, modulation="none", depth=2, patch=True, train_coda="lora"), tokens()
+    layers, rotary = small_qwen(dtype=torch.float64).layers, rotary_tables(SMALL, 12, "cpu")
+    for layer, adapter in zip(layers[4:], model.adapters):  # written into the weights of the coda
+        for norm, change in zip((layer.input_layernorm, layer.post_attention_layernorm), adapter.change):
+            norm.weight *= 1 + change
+        for name, A, B in zip(PROJECTIONS, adapter.A, adapter.B):
+            layer.get_submodule(name).weight += B.weight @ A.weight
+    h = layers[1](layers[0](model.embed_tokens(ids), rotary), rotary)
+    h = h + h @ model.patches[0].weight.T
+    for o in model.opening:
+        h = (1 - o) * h + o * layers[3](h, rotary)
+    h = h + h @ model.patches[1].weight.T
+    h = layers[5](layers[4](h, rotary), rotary)
+    assert torch.allclose(model(ids), model.norm(h) @ model.head.T, atol=1e-10)
+    assert torch.equal(model.cut(ids), small_model(torch.float64).cut(ids))  # the baseline has none of it
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (8, 40)])
 def test_svd_bases_are_the_truncated_svd(shape):
     R = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -412,7 +440,7 @@ def test_gradients_reach_every_trained_tensor_and_no_other(switches):
     model.loss(tokens(), tokens(seed=2)).backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None and p.grad.abs().sum() > 0) == p.requires_grad, name
-        assert p.requires_grad == name.startswith(("controller", "gate", "step_norm"))
+        assert p.requires_grad == name.startswith(("controller", "gate", "step_norm", "opening", "patches", "adapters"))
 
 
 def test_the_prelude_builds_no_graph_and_the_loop_does():
@@ -579,9 +607,9 @@ def test_activation_checkpointing_keeps_less_and_changes_no_bit():
     assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_blocks_are_traced_whole_give_the_same_and_keep_their_names(checkpointing):
-    model, ids = small_model(), tokens()
+@pytest.mark.parametrize("checkpointing, switches", [(False, {}), (True, {}), (False, SWITCHES[6])])
+def test_compiled_blocks_are_traced_whole_give_the_same_and_keep_their_names(checkpointing, switches):
+    model, ids = small_model(**switches), tokens()
     names, (loss, gradients) = model.state_dict().keys(), loss_and_gradients(model, ids, tokens(seed=2))
     generated = model.generate(ids, 5)
     model.checkpointing = checkpointing
@@ -1072,7 +1100,8 @@ def test_two_processes_are_one(tmp_path):
 
 
 def test_torchrun_stops_on_sigterm_and_goes_on_with_another_number_of_processes(pretrained, tmp_path):
-    one, out, options = tmp_path / "one", tmp_path / "many", [*common(pretrained, 100), "--dtype", "float32"]
+    one, out = tmp_path / "one", tmp_path / "many"
+    options = [*common(pretrained, 100), "--dtype", "float32", "--patch", "--modulation", "controller"]
     assert run("train.py", *options, "--out", one).returncode == 0
     process = start(*TORCHRUN, 2, HERE / "train.py", *options, "--out", out)
     _, printed = stop_at(process, out, 20, signal.SIGTERM)

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from tqdm import tqdm
 
 from data import SOURCES, Batches, cache_folder, open_source
-from ouroboros import MODULATIONS, POOLS, STEPS, Ouroboros, read_checkpoint
+from ouroboros import CODAS, MODULATIONS, POOLS, STEPS, Ouroboros, read_checkpoint
 from qwen import (BUILT_IN, Config, Qwen, UserError, exit_on_user_error, handling, keep_freed_memory,
                   load_tokenizer, locate, pick_device, read_json, replace_file)
 
@@ -42,12 +43,14 @@ PROCESS, PROCESSES = (int(os.environ.get(name, alone)) if "MASTER_ADDR" in os.en
 def parse_arguments():
     p = argparse.ArgumentParser(description="Train the looped model of arXiv 2604.02051.", usage=argparse.SUPPRESS)
     g = p.add_argument_group("what is trained").add_argument
-    g("--depth", type=int, default=8, help="steps of the loop (8; paper: 1, 4, 8, 16)")
+    g("--depth", type=int, default=8, help="steps of the loop (8; --patch: 1; paper: 1, 4, 8, 16)")
     g("--rank", type=int, default=32, help="rank of the SVD LoRA (32, as the paper)")
-    g("--modulation", choices=MODULATIONS, default="controller", help="what makes the diagonals (controller)")
+    g("--modulation", choices=MODULATIONS, default="controller", help="makes the diagonals (controller; --patch: none)")
     g("--pool", choices=tuple(POOLS), default="prefix", help="what it sees (prefix; paper: sequence, the future too)")
     g("--no-gate", dest="gate", action="store_false", help="h = StepNorm(Layer(h)), without the gated mix")
     g("--no-step-norm", dest="step_norm", action="store_false", help="without the RMSNorm per step")
+    g("--patch", action="store_true", help="past the paper: start as the cut model, train a matrix at both seams")
+    g("--train-coda", choices=tuple(CODAS), default="none", help="trained of the coda (none; --patch: lora)")
     g("--prelude", type=int, help="layers kept at the start (8/36 of them; paper: 8 of 36)")
     g("--recurrent", type=int, help="index of the looped layer (the middle one; paper: 18 of 36)")
     g("--coda", type=int, help="layers kept at the end (8/36 of them; paper: 8 of 36)")
@@ -76,6 +79,8 @@ def parse_arguments():
     g = p.add_argument_group("instead of a new run").add_mutually_exclusive_group().add_argument
     g("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped; --steps, --lr and such may change")
     g("--eval", type=Path, metavar="RUN", help="only evaluate a run; with --data on other text than its own")
+    if p.parse_args().patch:
+        p.set_defaults(depth=1, modulation="none", train_coda="lora")  # what did best on held-out text
     args, checkpoint = p.parse_args(), None
     if run := args.resume or args.eval:  # the run's own arguments are the defaults of the command line
         checkpoint, run = read_checkpoint(run), run.parent if run.match(STEPS) else run
@@ -101,6 +106,7 @@ def parse_arguments():
     if args.out and any(p.is_file() and ".part" not in p.suffixes for p in (args.out, *args.out.rglob("*"))):
         raise UserError(f"{args.out}: is there already, and nothing saved is overwritten; choose another --out")
     for name, value in zip(NAMES, PRESETS["tiny" if args.model == "tiny" else "paper" if on_cuda else "cpu"]):
+        value *= 3 if args.patch and name == "lr" else 1
         setattr(args, name, getattr(args, name) or value)
     args.warmup = min(args.warmup, max(1, args.steps // 2))
     args.eval_every = args.eval_every or max(1, args.steps // 5)
@@ -150,12 +156,11 @@ def train(model: Ouroboros, batches: Batches, held_out: Batches, args, device) -
             loss, stop = sum_over_processes(parameters.values(), loss, len(signals))
             norm = clip_grad_norm_(parameters.values(), 1.0).item()
             row, last = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate}, step + 1 == args.steps
-            if math.isfinite(loss + norm):
-                optimizer.step()
-                skipped = 0
-            else:  # nothing is changed by such a step
-                skipped += 1
+            skipped = 0 if math.isfinite(loss + norm) else skipped + 1
+            if skipped:  # nothing is changed by such a step
                 row |= {"loss": None, "grad_norm": None, "skipped": skipped}
+            else:
+                optimizer.step()
             optimizer.zero_grad()
             row["tokens_per_s"] = round(per_step * args.seq_len / (time.perf_counter() - started))
             if PROCESS == 0:
@@ -202,7 +207,6 @@ def save_checkpoint(args, model: Ouroboros, optimizer, step: int):
     for old in {*steps} - {*[path for path in steps if path.name <= f"step-{step:07}"][-2:]}:  # what lies ahead is dead
         shutil.rmtree(old, ignore_errors=True)
 
-# ---- Evaluation ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(loss_of, batches: Batches, args, device) -> float:
     """Mean cross entropy, in nats per target, over the first sequences of `batches`. loss_of: ids, targets -> mean"""
@@ -227,14 +231,13 @@ def baselines(model: Ouroboros, qwen: Qwen | None, columns: dict, args, device) 
         return {name: read_json(path)[name] for name in ("full", "cut")}
 
 def print_results(model: Ouroboros, results: dict):
-    full, cut, ours = (results[name] for name in ("full", "cut", "ouroboros"))
-    gap = {column: (cut[column] - ours[column]) / (cut[column] - full[column]) for column in full}
-    kept = len([*model.prelude, model.recurrent, *model.coda])
-    names = f"full model ({model.layers} layers)", f"cut to {kept} layers", f"ouroboros, depth {model.depth}"
-    print("\n" + " " * 24 + "".join(f"{column:>15}" for column in full))
-    for name, losses in zip(names, (full, cut, ours)):
-        print(f"{name:24}" + "".join(f"{loss:15.3f}" for loss in losses.values()))
-    print(f"{'gap recovered':24}" + "".join(f"{share:15.1%}" for share in gap.values()))
+    names = {"full": f"full model ({model.layers} layers)", "ouroboros": f"ouroboros, depth {model.depth}",
+             "cut": f"cut to {len(model.prelude) + 1 + len(model.coda)} layers"}
+    print("\n" + " " * 24 + "".join(f"{column:>15}" for column in results["full"]))
+    for name, losses in results.items():
+        print(f"{names[name]:24}" + "".join(f"{loss:15.3f}" for loss in losses.values()))
+    gaps = ((cut - ours) / (cut - full) for full, cut, ours in zip(*(losses.values() for losses in results.values())))
+    print(f"{'gap recovered':24}" + "".join(f"{gap:15.1%}" for gap in gaps))
 
 # ---- The program -----------------------------------------------------------------------------------------------------
 def announce_download(args):
@@ -251,8 +254,8 @@ def announce_download(args):
 
 def announce_training(model: Ouroboros, batches: Batches, args, device):
     """Print the parameter table, compile what is to be and say, after a trial step, how long all will take."""
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
-              if name in ("controller", "gate", "step_norm")}
+    trained = [(name.split(".")[0], p.numel()) for name, p in model.trained_parameters().items()]
+    counts = {part: sum(count for name, count in trained if name == part) for part, _ in trained}
     counts |= {"trained, float32": sum(counts.values()), "frozen SVD bases": sum(b.numel() for b in model.buffers()),
                "frozen base": sum(p.numel() for p in model.parameters() if not p.requires_grad)}
     print("\n" + "\n".join(f"{name:20}{count:>15,} parameters" for name, count in counts.items()), flush=True)
@@ -300,8 +303,8 @@ def main():
         qwen, model = None, Ouroboros.load(args.out, None, dtype, device, args.checkpoint)
     else:
         qwen = Qwen.from_pretrained(args.model, dtype, device)
-        model = Ouroboros(qwen, args.prelude, args.recurrent, args.coda, args.rank, depth=args.depth,
-                          modulation=args.modulation, pool=args.pool, gate=args.gate, step_norm=args.step_norm)
+        switches = vars(args).keys() & signature(Ouroboros).parameters.keys()  # they have the same names there
+        model = Ouroboros(qwen, **{name: getattr(args, name) for name in switches})
         if not model.trained_parameters():
             raise UserError("nothing is left to train: keep one of Controller, gate and step norm")
     model.checkpointing = args.activation_checkpointing
@@ -316,7 +319,7 @@ def main():
         if args.resume and args.text != text:
             raise UserError(f"{args.data}: not the text any more with which {args.out} began; bring it back to go on")
         if not args.resume:
-            name = f"runs/{Path(args.model).name}-depth{args.depth}-rank{args.rank}"
+            name = f"runs/{Path(args.model).name}-depth{args.depth}-rank{args.rank}" + "-patch" * args.patch
             free = (p for i in range(1, 10**6) if not (p := Path(name + f"-{i}" * (i > 1))).exists())
             args.out, args.text = args.out or next(free), text
         announce_training(model, training, args, device)

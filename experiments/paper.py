@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -62,6 +63,16 @@ class Rounded(Ouroboros):
         super().__init__(qwen, **settings)
         for p in self.trained_parameters().values():
             p.data = p.data.bfloat16()
+
+
+class Seams(Ouroboros):
+    """--patch with a matrix only at the seam before the loop ("in"), after it ("out") or at none."""
+
+    def __init__(self, qwen, seams, **settings):
+        super().__init__(qwen, **settings)
+        self.settings["seams"] = seams
+        for name, patch in zip(("in", "out"), self.patches):
+            patch.requires_grad_(name == seams)
 
 
 class Alternative(Ouroboros):
@@ -131,7 +142,31 @@ def all_runs(central: bool, steps: int) -> dict:
     def add(name, *options, kind=Ouroboros, seeds=1, **own):
         for seed in range(seeds):
             runs[f"{name} seed{seed}"] = kind, own, [*options, "--seed", str(seed)]
-    seeds = 1 if central else 3
+    seeds, lr = 3, train.PRESETS["cpu" if central else "tiny"][4]
+
+    def past(name, *options, rate=3, **how):  # past the paper: four times the steps
+        add(f"past {name}", *options, "--steps", str(4 * steps), "--lr", str(rate * lr), **how)
+
+    def patched(name, depth, modulation, coda="none", **how):
+        past(name, "--patch", "--depth", str(depth), "--modulation", modulation, "--train-coda", coda, **how)
+    patched("coda lora", 1, "none", "lora", seeds=seeds)
+    patched("coda norms", 1, "none", "norms")
+    for modulation in ("none", "controller"):
+        patched(f"patch depth1 {modulation}", 1, modulation, seeds=seeds)
+    past("paper", rate=1, seeds=seeds)
+    past("paper three")
+    for depth in (1, 4):
+        past(f"paper depth{depth}", "--depth", str(depth), rate=1)
+        past(f"paper depth{depth} three", "--depth", str(depth))
+        for modulation in ("none", "controller"):
+            patched(f"start depth{depth} {modulation}", depth, modulation, kind=Seams, seams="none")
+    for seams in ("in", "out"):
+        patched(f"seam {seams}", 1, "none", kind=Seams, seams=seams)
+    for depth in (4, 8, 2):
+        for modulation in ("none", "controller"):
+            patched(f"patch depth{depth} {modulation}", depth, modulation)
+    for depth in (1, 4):
+        patched(f"patch depth{depth} static", depth, "static")
     for depth in (8, 1, 4, 16):
         for modulation in ("controller", "static", "none"):
             add(f"depth{depth} {modulation}", "--depth", str(depth), "--modulation", modulation, seeds=seeds)
@@ -143,13 +178,14 @@ def all_runs(central: bool, steps: int) -> dict:
     if central:
         add("long depth1 controller", "--depth", "1", "--steps", str(10 * steps))
         return runs
+    for rank in (8, 64):
+        add(f"rank{rank} static", "--rank", str(rank), "--modulation", "static")
     add("drawn depth", kind=DrawnDepth)
     for name, kind in (("bf16", Rounded), ("float32", Ouroboros)):
         add(f"{name} weights paper rate", "--lr", "3e-4", "--norm-lr-scale", "1", kind=kind)
     for rank in (8, 64):
         add(f"rank{rank}", "--rank", str(rank))
-    lr = train.PRESETS["tiny"][4]
-    for factor, name in ((1 / 3, "third"), (3, "three")):
+    for factor, name in ((1 / 3, "third"), (3, "three"), (10, "ten")):
         add(f"lr {name}", "--lr", str(lr * factor))
         for kind in ("scale", "matrix", "lora", "lora one", "layer"):
             add(f"{kind} lr {name}", "--depth", "1", "--lr", str(lr * factor), kind=Alternative, kind_=kind)
@@ -228,8 +264,7 @@ def one_run(name: str, ours):
     if begun:
         model = kind.load(out, None, dtype, device, args.checkpoint)
     else:
-        settings = {"rank": args.rank, "depth": args.depth, "modulation": args.modulation, "pool": args.pool,
-                    "gate": args.gate, "step_norm": args.step_norm}
+        settings = {name: value for name, value in vars(args).items() if name in signature(Ouroboros).parameters}
         model = kind(Qwen.from_pretrained(args.model, dtype, device), **{k.strip("_"): v for k, v in own.items()},
                      **settings)
         args.text = None
