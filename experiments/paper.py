@@ -142,18 +142,18 @@ def all_runs(central: bool, steps: int) -> dict:
     def add(name, *options, kind=Ouroboros, seeds=1, **own):
         for seed in range(seeds):
             runs[f"{name} seed{seed}"] = kind, own, [*options, "--seed", str(seed)]
-    seeds, lr = 3, train.PRESETS["cpu" if central else "tiny"][4]
+    seeds, lr = 1 if central else 3, train.PRESETS["cpu" if central else "tiny"][4]
 
-    def past(name, *options, rate=3, **how):  # past the paper: four times the steps
-        add(f"past {name}", *options, "--steps", str(4 * steps), "--lr", str(rate * lr), **how)
+    def past(name, *options, rate=3, **how):  # past the paper
+        add(f"past {name}", *options, "--steps", str(4 * steps if central else steps), "--lr", str(rate * lr), **how)
 
     def patched(name, depth, modulation, coda="none", **how):
         past(name, "--patch", "--depth", str(depth), "--modulation", modulation, "--train-coda", coda, **how)
-    patched("coda lora", 1, "none", "lora", seeds=seeds)
+    patched("coda lora", 1, "none", "lora", seeds=3)
     patched("coda norms", 1, "none", "norms")
     for modulation in ("none", "controller"):
-        patched(f"patch depth1 {modulation}", 1, modulation, seeds=seeds)
-    past("paper", rate=1, seeds=seeds)
+        patched(f"patch depth1 {modulation}", 1, modulation, seeds=3)
+    past("paper", rate=1, seeds=3)
     past("paper three")
     for depth in (1, 4):
         past(f"paper depth{depth}", "--depth", str(depth), rate=1)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 ALTERNATIVES = {"scale": "a scale per channel at the cut", "matrix": "one d x d matrix at the cut",
                 "lora": "LoRA on all kept layers, no loop", "lora one": "LoRA on the recurrent layer, no loop",
                 "layer": "the recurrent layer trained whole"}
+RATES = {"third": "a third of the rate", "three": "three times the rate", "ten": "ten times the rate"}
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -87,26 +88,43 @@ def alternatives(results: Results) -> str:
     rows = rows_of(results, {"depth1 controller": "Controller, gate, step norm, depth 1",
                              "depth8 controller": "Controller, gate, step norm, depth 8"})
     for kind, label in ALTERNATIVES.items():
-        tried = [name for name in (kind, f"{kind} lr third", f"{kind} lr three") if results.seeds(name)]
+        tried = [name for name in (kind, *(f"{kind} lr {rate}" for rate in RATES)) if results.seeds(name)]
         if tried:
             best = min(tried, key=lambda name: results.seeds(name)[0]["loss"]["held-out"])
-            rates = {"third": "a third of the rate", "three": "three times the rate"}
-            rate = rates.get(best.split()[-1], "the same rate")
+            rate = RATES.get(best.split()[-1], "the same rate")
             rows += rows_of(results, {best: f"{label} ({rate})"})
-    return table("6. Is the hypernetwork worth its parameters? (the alternatives: best of three rates)", HEAD, rows)
+    return table("6. Is the hypernetwork worth its parameters? (the alternatives: best of four rates)", HEAD, rows)
+
+
+def past_the_paper(results: Results) -> str:
+    names = {}
+    for depth, name in ((1, "past paper depth1"), (4, "past paper depth4"), (8, "past paper")):
+        names |= {name: f"the paper's system, depth {depth}", f"{name} three": "the same, three times the rate"}
+    for depth in (1, 4):
+        names |= {f"past start depth{depth} {m}": f"started as the cut model, no patch, depth {depth}, {m}"
+                  for m in ("none", "controller")}
+    names |= {f"past seam {seam}": f"a patch at one seam ({seam}), depth 1, none" for seam in ("in", "out")}
+    names |= {f"past patch depth{depth} {m}": f"a patch at both, depth {depth}, {m}"
+              for depth in (1, 2, 4, 8) for m in ("none", "static", "controller")}
+    names |= {"past coda norms": "both and the coda's norms, depth 1, none",
+              "past coda lora": "both, the coda's norms and a LoRA on it, depth 1, none (--patch)"}
+    tokens = next((run["tokens"] for name, run in results.runs.items() if name.startswith("past ")), 0)
+    return table(f"7. Past the paper, after {tokens:,} tokens", HEAD, rows_of(results, names))
 
 
 def write_all(folder: Path):
     results = Results(folder)
     modulated = {f"depth{d} {m}": f"depth {d}, {m}" for d in (1, 4, 8, 16) for m in ("controller", "static", "none")}
-    ranks = {"rank8": "rank 8", "depth8 controller": "rank 32", "rank64": "rank 64", "lr third": "rank 32, rate / 3",
-             "lr three": "rank 32, rate x 3"}
+    ranks = {"rank8": "rank 8", "depth8 controller": "rank 32", "rank64": "rank 64", "rank8 static": "rank 8, static",
+             "depth8 static": "rank 32, static", "rank64 static": "rank 64, static", "lr third": "rank 32, rate / 3",
+             "lr three": "rank 32, rate x 3", "lr ten": "rank 32, rate x 10"}
     switches = {"depth8 controller": "all", "no gate": "without the gate", "no step norm": "without the step norm",
                 "random bases": "random orthogonal bases"}
     parts = [objective(results), table("2. Controller, static, none", HEAD, rows_of(results, modulated)),
              table("3. Rank and learning rate", HEAD, rows_of(results, ranks)),
              table("4. Gate, step norm and bases", HEAD, rows_of(results, switches)), depths(results),
-             alternatives(results)]
+             alternatives(results), past_the_paper(results)]
+    parts = [part for part in parts if part.count("\n") > 4]  # with a row
     moved = [[kind, *(f"{100 * run['moved'][part]:.1f}%" for part in ("step norm", "gate")),
               f"{run['loss']['held-out']:.3f}"] for kind in ("bf16", "float32")
              for run in results.seeds(f"{kind} weights paper rate")]
@@ -129,18 +147,20 @@ def picture(folder: Path, name: str, figure):
 def draw_curves(results: Results, folder: Path):
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    long = bool(results.seeds("long offset1 prefix"))
+    long, markers = bool(results.seeds("long offset1 prefix")), iter("osD^v")
     names = {("long offset1 prefix" if long else "depth8 controller"): ("ours", "black", "-"),
              ("long offset2 sequence" if long else "offset2 sequence"): ("as published", "0.5", "-."),
-             "long depth1 controller": ("ours, depth 1", "black", "--")}
+             "long depth1 controller": ("ours, depth 1, long", "black", "--"),
+             "past paper": ("the paper's system", "0.5", "--"),
+             "past coda lora": ("--patch", "black", ":")}
     for name, (label, colour, style) in names.items():
         for run in results.seeds(name)[:1]:
             steps, losses, held_out = zip(*run["log"])
-            if "published" not in label:
+            if label == "ours":
                 axes.plot(steps, losses, color="0.8", linewidth=0.6, label=f"{label}: training", zorder=1)
             points = [(s, h) for s, h in zip(steps, held_out) if h]
-            axes.plot(*zip(*points), color=colour, linestyle=style, marker="o", markersize=3,
-                      label=f"{label}: held-out next token")
+            axes.plot(*zip(*points), color=colour, linestyle=style, marker=next(markers), markersize=4,
+                      markevery=max(1, len(points) // 10), label=f"{label}: held-out next token")
     for which, style in (("cut", ":"), ("full", "--")):
         axes.axhline(results.base[which]["held-out"], color="black", linewidth=0.8, linestyle=style,
                      label=f"{which} model, held-out")
