@@ -153,12 +153,11 @@ def all_runs(central: bool, steps: int) -> dict:
     patched("coda norms", 1, "none", "norms")
     for modulation in ("none", "controller"):
         patched(f"patch depth1 {modulation}", 1, modulation, seeds=3)
-    past("paper", rate=1, seeds=3)
-    past("paper three")
-    for depth in (1, 4):
-        past(f"paper depth{depth}", "--depth", str(depth), rate=1)
+    for depth in (8, 1, 4):
+        if central:  # else the runs of row 2 serve
+            past(f"paper depth{depth}", "--depth", str(depth), rate=1, seeds=3 if depth == 8 else 1)
         past(f"paper depth{depth} three", "--depth", str(depth))
-        for modulation in ("none", "controller"):
+        for modulation in ("none", "controller") if depth < 8 else ():
             patched(f"start depth{depth} {modulation}", depth, modulation, kind=Seams, seams="none")
     for seams in ("in", "out"):
         patched(f"seam {seams}", 1, "none", kind=Seams, seams=seams)
@@ -176,7 +175,9 @@ def all_runs(central: bool, steps: int) -> dict:
     add("no step norm", "--no-step-norm", seeds=seeds)
     add("random bases", kind=RandomBases, seeds=seeds)
     if central:
-        add("long depth1 controller", "--depth", "1", "--steps", str(10 * steps))
+        long = "--depth", "1", "--steps", str(10 * steps)
+        add("long depth1 controller", *long)
+        add("long depth1 offset2 sequence", "--target-offset", "2", "--pool", "sequence", *long)
         return runs
     for rank in (8, 64):
         add(f"rank{rank} static", "--rank", str(rank), "--modulation", "static")

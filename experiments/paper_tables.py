@@ -63,7 +63,8 @@ def objective(results: Results) -> str:
             for which in ("full", "cut")]
     names = {"offset2 sequence": "token t+2, sequence pooling (published)", "offset1 sequence": "next token, sequence",
              "depth8 controller": "next token, prefix (ours)", "long offset2 sequence": "published, long",
-             "long offset1 prefix": "ours, long"}
+             "long offset1 prefix": "ours, long", "long depth1 offset2 sequence": "published, depth 1, ten times as long",
+             "long depth1 controller": "ours, depth 1, ten times as long"}
     for name, label in names.items():
         for run in results.seeds(name)[:1]:
             leak = [f"{run[key]:.3f}" if key in run else "" for key in ("leak", "leak cut")]
@@ -98,8 +99,10 @@ def alternatives(results: Results) -> str:
 
 def past_the_paper(results: Results) -> str:
     names = {}
-    for depth, name in ((1, "past paper depth1"), (4, "past paper depth4"), (8, "past paper")):
-        names |= {name: f"the paper's system, depth {depth}", f"{name} three": "the same, three times the rate"}
+    for depth in (1, 4, 8):
+        name = f"past paper depth{depth}"
+        same = name if results.seeds(name) else f"depth{depth} controller"  # trained as long
+        names |= {same: f"the paper's system, depth {depth}", f"{name} three": "the same, three times the rate"}
     for depth in (1, 4):
         names |= {f"past start depth{depth} {m}": f"started as the cut model, no patch, depth {depth}, {m}"
                   for m in ("none", "controller")}
@@ -151,7 +154,8 @@ def draw_curves(results: Results, folder: Path):
     names = {("long offset1 prefix" if long else "depth8 controller"): ("ours", "black", "-"),
              ("long offset2 sequence" if long else "offset2 sequence"): ("as published", "0.5", "-."),
              "long depth1 controller": ("ours, depth 1, long", "black", "--"),
-             "past paper": ("the paper's system", "0.5", "--"),
+             "long depth1 offset2 sequence": ("as published, depth 1, long", "0.5", "-"),
+             "past paper depth8": ("the paper's system", "0.5", "--"),
              "past coda lora": ("--patch", "black", ":")}
     for name, (label, colour, style) in names.items():
         for run in results.seeds(name)[:1]:

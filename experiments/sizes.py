@@ -92,20 +92,22 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     qwen_module.attend = FusedAttention.apply
-    print("| size | layers: kept | trained parameters | whole model, bf16 | training | with activation checkpointing "
-          "| its licence |\n|" + "---|" * 7)
+    print("| size | layers: kept | whole model, bf16 | trained parameters | training | with activation checkpointing "
+          "| `--patch`: trained parameters | training | its licence |\n|" + "---|" * 9)
     for size, (d, inner, layers, heads, kv_heads, vocabulary, tied, licence) in SIZES.items():
         config = Config(vocabulary, d, inner, layers, heads, kv_heads, d // heads, tie_word_embeddings=tied)
         with torch.device("meta"):
             qwen = Qwen(config).to(torch.bfloat16)
             model = Ouroboros(qwen, rank=args.rank, depth=args.depth)
-        whole, trained = 2 * sum(p.numel() for p in qwen.parameters()), model.trained_parameters().values()
+            patched = Ouroboros(qwen, depth=1, modulation="none", patch=True, train_coda="lora")
+        whole = 2 * sum(p.numel() for p in qwen.parameters())
         del qwen
-        peaks = []
-        for model.checkpointing in (False, True):
-            peaks.append(f"{training_peak(model, args.batch_size, args.seq_len) / 1e9:.1f} GB")
-        cut, count = f"{len(model.prelude)} + 1 + {len(model.coda)}", sum(p.numel() for p in trained)
-        print(f"| {size} | {layers}: {cut} | {count:,} | {whole / 1e9:.1f} GB | {' | '.join(peaks)} | {licence} |")
+        cells = [f"{layers}: {len(model.prelude)} + 1 + {len(model.coda)}", f"{whole / 1e9:.1f} GB"]
+        for each, ways in ((model, (False, True)), (patched, (False,))):
+            cells.append(f"{sum(p.numel() for p in each.trained_parameters().values()):,}")
+            for each.checkpointing in ways:
+                cells.append(f"{training_peak(each, args.batch_size, args.seq_len) / 1e9:.1f} GB")
+        print("|", " | ".join([size, *cells, licence]), "|")
 
 
 if __name__ == "__main__":
