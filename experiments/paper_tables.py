@@ -63,8 +63,8 @@ def objective(results: Results) -> str:
             for which in ("full", "cut")]
     names = {"offset2 sequence": "token t+2, sequence pooling (published)", "offset1 sequence": "next token, sequence",
              "depth8 controller": "next token, prefix (ours)", "long offset2 sequence": "published, long",
-             "long offset1 prefix": "ours, long", "long depth1 offset2 sequence": "published, depth 1, ten times as long",
-             "long depth1 controller": "ours, depth 1, ten times as long"}
+             "long offset1 prefix": "ours, long", "long depth1 offset2 sequence": "published, depth 1, long",
+             "long depth1 controller": "ours, depth 1, long"}
     for name, label in names.items():
         for run in results.seeds(name)[:1]:
             leak = [f"{run[key]:.3f}" if key in run else "" for key in ("leak", "leak cut")]
