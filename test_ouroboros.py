@@ -824,6 +824,17 @@ def test_training_lowers_the_held_out_loss_and_leaves_everything_behind(pretrain
     assert taken.returncode == 2 and "nothing saved is overwritten" in taken.stderr
 
 
+def test_patch_carries_what_did_best_and_the_command_line_has_the_last_word(monkeypatch):
+    def parsed(*options):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", *options])
+        args = train.parse_arguments()
+        return args.depth, args.modulation, args.train_coda, args.lr
+    assert parsed() == (8, "controller", "none", 0.002)
+    assert parsed("--patch") == (1, "none", "lora", 0.006)
+    others = "--depth", "4", "--modulation", "static", "--train-coda", "norms", "--lr", "0.1"
+    assert parsed("--patch", *others) == (4, "static", "norms", 0.1)
+
+
 def test_without_a_working_compiler_it_says_so_in_one_line_and_goes_on(pretrained, tmp_path):
     broken = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
     result = run("train.py", "--model", pretrained, "--data", tmp_path / "text.txt", *QUICK, "--steps", 2,
