@@ -49,7 +49,7 @@ def parse_arguments():
     g("--pool", choices=tuple(POOLS), default="prefix", help="what it sees (prefix; paper: sequence, the future too)")
     g("--no-gate", dest="gate", action="store_false", help="h = StepNorm(Layer(h)), without the gated mix")
     g("--no-step-norm", dest="step_norm", action="store_false", help="without the RMSNorm per step")
-    g("--patch", action="store_true", help="past the paper: start as the cut model, train a matrix at both seams")
+    g("--patch", action="store_true", help="past the paper: a matrix at both seams, not gate and step norm")
     g("--train-coda", choices=tuple(CODAS), default="none", help="trained of the coda (none; --patch: lora)")
     g("--prelude", type=int, help="layers kept at the start (8/36 of them; paper: 8 of 36)")
     g("--recurrent", type=int, help="index of the looped layer (the middle one; paper: 18 of 36)")

@@ -7,6 +7,9 @@ from statistics import mean, stdev
 
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from qwen import UserError, exit_on_user_error, read_json
+
 ALTERNATIVES = {"scale": "a scale per channel at the cut", "matrix": "one d x d matrix at the cut",
                 "lora": "LoRA on all kept layers, no loop", "lora one": "LoRA on the recurrent layer, no loop",
                 "layer": "the recurrent layer trained whole"}
@@ -20,7 +23,7 @@ class Results:
     def __init__(self, folder: Path):
         runs = map(json.loads, map(Path.read_text, sorted(folder.glob("*-seed*.json"))))
         self.runs = {run["name"]: run for run in runs}
-        self.base = json.loads((folder / "baselines.json").read_text())
+        self.base = read_json(folder / "baselines.json")
 
     def seeds(self, name: str) -> list[dict]:
         return [run for n, run in self.runs.items() if n.rpartition(" seed")[0] == name]
@@ -106,13 +109,28 @@ def past_the_paper(results: Results) -> str:
     for depth in (1, 4):
         names |= {f"past start depth{depth} {m}": f"started as the cut model, no patch, depth {depth}, {m}"
                   for m in ("none", "controller")}
-    names |= {f"past seam {seam}": f"a patch at one seam ({seam}), depth 1, none" for seam in ("in", "out")}
+    names |= {f"past seam {seam}": f"a patch at one seam ({where} the loop), depth 1, none"
+              for seam, where in (("in", "before"), ("out", "after"))}
+    names["past low rank"] = "a patch of rank d / 8 at both, depth 1, none"
     names |= {f"past patch depth{depth} {m}": f"a patch at both, depth {depth}, {m}"
               for depth in (1, 2, 4, 8) for m in ("none", "static", "controller")}
     names |= {"past coda norms": "both and the coda's norms, depth 1, none",
-              "past coda lora": "both, the coda's norms and a LoRA on it, depth 1, none (--patch)"}
-    tokens = next((run["tokens"] for name, run in results.runs.items() if name.startswith("past ")), 0)
-    return table(f"7. Past the paper, after {tokens:,} tokens", HEAD, rows_of(results, names))
+              "past coda lora": "both, the coda's norms and a LoRA on it, depth 1, none (--patch)",
+              "past lora": "no patch, a LoRA on all kept layers, no loop"}
+    return table(f"7. Past the paper, after {tokens(results, 'past '):,} tokens", HEAD, rows_of(results, names))
+
+
+def longer(results: Results) -> str:
+    names = {"long depth1 controller": "the paper's system, depth 1",
+             "long offset1 prefix": "the paper's system, depth 8"}
+    names |= {f"long patch depth{depth} {m}": f"a patch at both seams, depth {depth}, {m}"
+              for depth in (1, 4, 8) for m in ("none", "controller")}
+    names["long coda lora"] = "--patch"
+    return table(f"8. Longer: after {tokens(results, 'long '):,} tokens", HEAD, rows_of(results, names))
+
+
+def tokens(results: Results, kind: str) -> int:
+    return next((run["tokens"] for name, run in results.runs.items() if name.startswith(kind)), 0)
 
 
 def write_all(folder: Path):
@@ -126,7 +144,7 @@ def write_all(folder: Path):
     parts = [objective(results), table("2. Controller, static, none", HEAD, rows_of(results, modulated)),
              table("3. Rank and learning rate", HEAD, rows_of(results, ranks)),
              table("4. Gate, step norm and bases", HEAD, rows_of(results, switches)), depths(results),
-             alternatives(results), past_the_paper(results)]
+             alternatives(results), past_the_paper(results), longer(results)]
     parts = [part for part in parts if part.count("\n") > 4]  # with a row
     moved = [[kind, *(f"{100 * run['moved'][part]:.1f}%" for part in ("step norm", "gate")),
               f"{run['loss']['held-out']:.3f}"] for kind in ("bf16", "float32")
@@ -156,7 +174,7 @@ def draw_curves(results: Results, folder: Path):
              "long depth1 controller": ("ours, depth 1, long", "black", "--"),
              "long depth1 offset2 sequence": ("as published, depth 1, long", "0.5", "-"),
              "past paper depth8": ("the paper's system", "0.5", "--"),
-             "past coda lora": ("--patch", "black", ":")}
+             ("long coda lora" if results.seeds("long coda lora") else "past coda lora"): ("--patch", "black", ":")}
     for name, (label, colour, style) in names.items():
         for run in results.seeds(name)[:1]:
             steps, losses, held_out = zip(*run["log"])
@@ -214,5 +232,11 @@ def draw_inside(results: Results, folder: Path):
     picture(folder, "inside", figure)
 
 
-if __name__ == "__main__":
+def main():
+    if len(sys.argv) != 2:
+        raise UserError("name the folder of the results, experiments/paper/tiny for example")
     write_all(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
