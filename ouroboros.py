@@ -13,7 +13,8 @@ float32. They are cast to the type of the state where they are used, so bf16 nee
 
 Past the paper (patch, train_coda): a matrix P at each seam, where layers were cut out, h + P h before and after the
 loop (after LinearPatch, arXiv 2505.24680); in the loop h + o_t (h_new - h) instead of gate and step norm, with o_0 = 1
-and o_t = 0 at the start; and a LoRA on the coda. As P = 0 too, training starts exactly from the cut model.
+and o_t = 0 at the start; and a LoRA on the coda or on all kept layers. As P = 0 too, training starts exactly from the
+cut model.
 
 A trained run continues a prompt: python ouroboros.py runs/NAME --prompt "..."
 """
@@ -23,7 +24,6 @@ import json
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -112,8 +112,8 @@ class StepNorm(nn.Module):
     def forward(self, h, t: int):
         return F.rms_norm(h, h.shape[-1:], self.weight[t].to(h.dtype), self.eps)
 
-class CodaAdapter(nn.Module):
-    """How to apply the projections of a coda layer, `project`, once its two norms and a plain LoRA (arXiv 2106.09685)
+class Adapter(nn.Module):
+    """How to apply the projections of a kept layer, `project`, once its two norms and a plain LoRA (arXiv 2106.09685)
     are trained: W x' + B A x', where x' = (1 + c) x behind a norm, and c = B = 0 at the start. rank 0: the norms alone.
     [B, T, in] -> [B, T, out]"""
     def __init__(self, layer, rank: int):
@@ -141,7 +141,7 @@ def sequence_mean(h, cache=None):
 
 POOLS = {"prefix": prefix_mean, "sequence": sequence_mean}
 MODULATIONS = ("controller", "static", "none")
-CODAS = {"none": None, "norms": 0, "lora": 4}  # what of the coda is trained -> the rank of its adapters
+CODAS = {"none": None, "norms": 0, "lora": 4, "all": 2}  # train_coda -> rank of its adapters; all: on every kept layer
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 def default_cut(layers: int) -> tuple[int, int, int]:
@@ -190,7 +190,8 @@ class Ouroboros(LanguageModel):
         self.gate = Gate(d) if gate and not patch else None
         self.step_norm = StepNorm(d, eps) if step_norm and not patch else None
         self.patches = nn.ModuleList(Linear(d, d, bias=False, zero=True) for _ in range(2 * patch))
-        self.adapters = nn.ModuleList(CodaAdapter(x, CODAS[train_coda]) for x in self.coda if train_coda != "none")
+        adapted = {"none": [], "all": [*self.prelude, self.recurrent, *self.coda]}.get(train_coda, self.coda)
+        self.adapters = nn.ModuleList(Adapter(layer, CODAS[train_coda]) for layer in adapted)
         self.to(self.embed_tokens.weight.device)
     @torch.no_grad()
     def residual_bases(self, removed, rank: int):
@@ -215,18 +216,20 @@ class Ouroboros(LanguageModel):
         if (depth := self.depth if depth is None else depth) < 1:
             raise UserError(f"depth {depth}: the loop takes at least one step")
         rotary, caches = self.start(ids, cache)
-        with torch.no_grad():  # nothing is trained up to here, so no graph is kept
-            h = self.embed_tokens(ids)
-            for layer in [*self.prelude, self.recurrent] if cut else self.prelude:
-                h = layer(h, rotary, next(caches))
+        P, adapters = len(self.prelude), [] if cut else [*self.adapters]
+        ways = [plain] * (P + 1 + len(self.coda) - len(adapters)) + adapters  # to apply each kept layer's projections
         keep_inputs_only = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         call = keep_inputs_only if self.checkpointing and torch.is_grad_enabled() else lambda block, *x: block(*x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and ways[0] is not plain):  # else no graph is kept
+            h = self.embed_tokens(ids)
+            for layer, project in zip([*self.prelude, self.recurrent] if cut else self.prelude, ways):
+                h = call(layer, h, rotary, next(caches), project)
         patched = self.patches and not cut
         h = h + self.patches[0](h) if patched else h
         for t in range(0 if cut else depth):
-            h = call(self.loop_step, h, t, rotary, next(caches))
+            h = call(self.loop_step, h, t, rotary, next(caches), ways[P])
         h = h + self.patches[1](h) if patched else h
-        for layer, project in zip(self.coda, repeat(plain) if cut or not self.adapters else self.adapters):
+        for layer, project in zip(self.coda, ways[P + 1 :]):
             h = call(layer, h, rotary, next(caches), project)
         return self.norm(h)
     def compile_blocks(self, **how):
@@ -235,15 +238,15 @@ class Ouroboros(LanguageModel):
             layer.compile(**how)
         self.loop_step = torch.compile(self.loop_step, **how)
         self.generate = torch.compiler.set_stance("force_eager")(self.generate)  # its shapes change with each token
-    def loop_step(self, h, t: int, rotary, cache=None):
+    def loop_step(self, h, t: int, rotary, cache=None, project=plain):
         """One turn of the loop, the equations at the head of this file. [B, T, d] -> [B, T, d]"""
         s = min(t, self.depth - 1)  # past the trained depth, the last trained step's embedding and norm go on
-        project = plain
+        modulated = project
         if self.controller is not None:
             m = self.controller(self.pool(h, cache), s)
-            def project(projection, x, k):
-                return projection(x) + self.lora[k](x, m[k])
-        h_new = self.recurrent(h, rotary, cache, project)
+            def modulated(projection, x, k):
+                return project(projection, x, k) + self.lora[k](x, m[k])
+        h_new = self.recurrent(h, rotary, cache, modulated)
         if self.opening is not None:
             return torch.lerp(h, h_new, self.opening[s].to(h.dtype))
         h_new = h_new if self.step_norm is None else self.step_norm(h_new, s)

@@ -231,7 +231,7 @@ def greedy_without_cache(model, ids, n, **how):
 
 
 SWITCHES = [{}, {"pool": "sequence"}, {"modulation": "static"}, {"modulation": "none"}, {"gate": False},
-            {"step_norm": False}, {"patch": True, "train_coda": "lora"}, {"train_coda": "norms", "modulation": "none"},
+            {"step_norm": False}, {"patch": True, "train_coda": "all"}, {"train_coda": "norms", "modulation": "none"},
             {"gate": False, "step_norm": False, "modulation": "none"}]
 names = [", ".join(f"{k}={v}" for k, v in s.items()) or "all" for s in SWITCHES]
 
@@ -385,7 +385,7 @@ def test_steps_past_the_trained_depth_reuse_the_last_trained_steps_embedding_and
 
 
 @pytest.mark.parametrize("depth", [1, 4])
-@pytest.mark.parametrize("train_coda", ["none", "norms", "lora"])
+@pytest.mark.parametrize("train_coda", ["none", "norms", "lora", "all"])
 def test_with_patch_training_starts_exactly_from_the_cut_model(depth, train_coda):
     model, ids = small_model(randomise=False, depth=depth, patch=True, train_coda=train_coda), tokens()
     assert torch.equal(model(ids), model.cut(ids))
@@ -393,10 +393,12 @@ def test_with_patch_training_starts_exactly_from_the_cut_model(depth, train_coda
 
 
 @torch.no_grad()
-def test_what_patch_and_coda_train_is_what_their_equations_say():
-    model, ids = small_model(torch.float64, modulation="none", depth=2, patch=True, train_coda="lora"), tokens()
+@pytest.mark.parametrize("train_coda, adapted", [("lora", (4, 5)), ("all", (0, 1, 3, 4, 5))])
+def test_what_patch_and_adapters_train_is_what_their_equations_say(train_coda, adapted):
+    model, ids = small_model(torch.float64, modulation="none", depth=2, patch=True, train_coda=train_coda), tokens()
     layers, rotary = small_qwen(dtype=torch.float64).layers, rotary_tables(SMALL, 12, "cpu")
-    for layer, adapter in zip(layers[4:], model.adapters):  # written into the weights of the coda
+    assert len(model.adapters) == len(adapted)
+    for layer, adapter in zip((layers[i] for i in adapted), model.adapters):  # written into the layers' weights
         for norm, change in zip((layer.input_layernorm, layer.post_attention_layernorm), adapter.change):
             norm.weight *= 1 + change
         for name, A, B in zip(PROJECTIONS, adapter.A, adapter.B):
@@ -830,7 +832,7 @@ def test_patch_carries_what_did_best_and_the_command_line_has_the_last_word(monk
         args = train.parse_arguments()
         return args.depth, args.modulation, args.train_coda, args.lr
     assert parsed() == (8, "controller", "none", 0.002)
-    assert parsed("--patch") == (1, "none", "lora", 0.006)
+    assert parsed("--patch") == (1, "none", "all", 0.006)
     others = "--depth", "4", "--modulation", "static", "--train-coda", "norms", "--lr", "0.1"
     assert parsed("--patch", *others) == (4, "static", "norms", 0.1)
 

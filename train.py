@@ -50,7 +50,7 @@ def parse_arguments():
     g("--no-gate", dest="gate", action="store_false", help="h = StepNorm(Layer(h)), without the gated mix")
     g("--no-step-norm", dest="step_norm", action="store_false", help="without the RMSNorm per step")
     g("--patch", action="store_true", help="past the paper: a matrix at both seams, not gate and step norm")
-    g("--train-coda", choices=tuple(CODAS), default="none", help="trained of the coda (none; --patch: lora)")
+    g("--train-coda", choices=tuple(CODAS), default="none", help="what else; all: of every layer (none; --patch: all)")
     g("--prelude", type=int, help="layers kept at the start (8/36 of them; paper: 8 of 36)")
     g("--recurrent", type=int, help="index of the looped layer (the middle one; paper: 18 of 36)")
     g("--coda", type=int, help="layers kept at the end (8/36 of them; paper: 8 of 36)")
@@ -80,7 +80,7 @@ def parse_arguments():
     g("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped; --steps, --lr and such may change")
     g("--eval", type=Path, metavar="RUN", help="only evaluate a run; with --data on other text than its own")
     if p.parse_args().patch:
-        p.set_defaults(depth=1, modulation="none", train_coda="lora")  # what did best on held-out text
+        p.set_defaults(depth=1, modulation="none", train_coda="all")  # what did best on held-out text
     args, checkpoint = p.parse_args(), None
     if run := args.resume or args.eval:  # the run's own arguments are the defaults of the command line
         checkpoint, run = read_checkpoint(run), run.parent if run.match(STEPS) else run

@@ -104,7 +104,7 @@ def past_the_paper(results: Results) -> str:
     names = {}
     for depth in (1, 4, 8):
         name = f"past paper depth{depth}"
-        same = name if results.seeds(name) else f"depth{depth} controller"  # trained as long
+        same = name if results.seeds("past paper depth8") else f"depth{depth} controller"  # on tiny trained as long
         names |= {same: f"the paper's system, depth {depth}", f"{name} three": "the same, three times the rate"}
     for depth in (1, 4):
         names |= {f"past start depth{depth} {m}": f"started as the cut model, no patch, depth {depth}, {m}"
@@ -115,7 +115,8 @@ def past_the_paper(results: Results) -> str:
     names |= {f"past patch depth{depth} {m}": f"a patch at both, depth {depth}, {m}"
               for depth in (1, 2, 4, 8) for m in ("none", "static", "controller")}
     names |= {"past coda norms": "both and the coda's norms, depth 1, none",
-              "past coda lora": "both, the coda's norms and a LoRA on it, depth 1, none (--patch)",
+              "past coda lora": "both, the coda's norms and a LoRA on it, depth 1, none",
+              "past all lora": "both, the norms of all kept layers and a LoRA on them, depth 1, none (--patch)",
               "past lora": "no patch, a LoRA on all kept layers, no loop"}
     return table(f"7. Past the paper, after {tokens(results, 'past '):,} tokens", HEAD, rows_of(results, names))
 
@@ -125,7 +126,7 @@ def longer(results: Results) -> str:
              "long offset1 prefix": "the paper's system, depth 8"}
     names |= {f"long patch depth{depth} {m}": f"a patch at both seams, depth {depth}, {m}"
               for depth in (1, 4, 8) for m in ("none", "controller")}
-    names["long coda lora"] = "--patch"
+    names["long all lora"] = "--patch"
     return table(f"8. Longer: after {tokens(results, 'long '):,} tokens", HEAD, rows_of(results, names))
 
 
@@ -174,7 +175,7 @@ def draw_curves(results: Results, folder: Path):
              "long depth1 controller": ("ours, depth 1, long", "black", "--"),
              "long depth1 offset2 sequence": ("as published, depth 1, long", "0.5", "-"),
              "past paper depth8": ("the paper's system", "0.5", "--"),
-             ("long coda lora" if results.seeds("long coda lora") else "past coda lora"): ("--patch", "black", ":")}
+             ("long all lora" if results.seeds("long all lora") else "past all lora"): ("--patch", "black", ":")}
     for name, (label, colour, style) in names.items():
         for run in results.seeds(name)[:1]:
             steps, losses, held_out = zip(*run["log"])

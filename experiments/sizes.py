@@ -99,7 +99,7 @@ def main():
         with torch.device("meta"):
             qwen = Qwen(config).to(torch.bfloat16)
             model = Ouroboros(qwen, rank=args.rank, depth=args.depth)
-            patched = Ouroboros(qwen, depth=1, modulation="none", patch=True, train_coda="lora")
+            patched = Ouroboros(qwen, depth=1, modulation="none", patch=True, train_coda="all")
         whole = 2 * sum(p.numel() for p in qwen.parameters())
         del qwen
         cells = [f"{layers}: {len(model.prelude)} + 1 + {len(model.coda)}", f"{whole / 1e9:.1f} GB"]
