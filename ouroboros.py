@@ -11,10 +11,9 @@
 The pretrained layers and the bases A, B are frozen; Controller, gate and step norm are trained (arXiv 2604.02051), in
 float32. They are cast to the type of the state where they are used, so bf16 needs no autocast.
 
-Past the paper (patch, train_coda): a matrix P at each seam, where layers were cut out, h + P h before and after the
-loop (after LinearPatch, arXiv 2505.24680); in the loop h + o_t (h_new - h) instead of gate and step norm, with o_0 = 1
-and o_t = 0 at the start; and a LoRA on the coda or on all kept layers. As P = 0 too, training starts exactly from the
-cut model.
+Past the paper (patch, train_coda): a matrix P at each seam, h + P h before and after the loop (after LinearPatch, arXiv
+2505.24680); in the loop h + o_t (h_new - h) instead of gate and step norm, o_0 = 1 and o_t = 0 at the start; a LoRA on
+the coda or on all kept layers. As P = 0 too, training starts exactly from the cut model.
 
 A trained run continues a prompt: python ouroboros.py runs/NAME --prompt "..."
 """
@@ -152,9 +151,9 @@ class Ouroboros(LanguageModel):
     """The looped model on a pretrained Qwen, whose layers it shares and freezes.
     prelude, coda: how many first and last layers stay; recurrent: index of the looped one (paper: 8, 18, 8 of 36; by
     default in that proportion). rank, alpha: of the SVD LoRA. depth: steps of the loop. modulation: controller,
-    static or none; pool: prefix (causal) or sequence (as published); gate, step_norm: the ablation switches. patch,
-    train_coda: past the paper, as above. checkpointing: in training, a third more time for far less memory. Raises
-    UserError for a cut, a rank, a depth or a switch that makes no sense."""
+    static or none; pool: prefix (causal) or sequence (as published); gate, step_norm: the ablation switches. patch: as
+    above; train_coda: none, norms, lora (and norms), all (both, of every kept layer). checkpointing: in training, a
+    third more time for far less memory. Raises UserError for a cut, a rank, a depth or a switch that makes no sense."""
     checkpointing = False
     def __init__(self, qwen: Qwen, prelude=None, recurrent=None, coda=None, rank=32, alpha=16.0, depth=8,
                  modulation="controller", pool="prefix", gate=True, step_norm=True, patch=False, train_coda="none"):
@@ -216,20 +215,19 @@ class Ouroboros(LanguageModel):
         if (depth := self.depth if depth is None else depth) < 1:
             raise UserError(f"depth {depth}: the loop takes at least one step")
         rotary, caches = self.start(ids, cache)
-        P, adapters = len(self.prelude), [] if cut else [*self.adapters]
-        ways = [plain] * (P + 1 + len(self.coda) - len(adapters)) + adapters  # to apply each kept layer's projections
+        n, patched, adapters = len(self.prelude), self.patches and not cut, [] if cut else [*self.adapters]
+        ways = [plain] * (n + 1 + len(self.coda) - len(adapters)) + adapters  # to apply each kept layer's projections
         keep_inputs_only = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         call = keep_inputs_only if self.checkpointing and torch.is_grad_enabled() else lambda block, *x: block(*x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and ways[0] is not plain):  # else no graph is kept
             h = self.embed_tokens(ids)
             for layer, project in zip([*self.prelude, self.recurrent] if cut else self.prelude, ways):
                 h = call(layer, h, rotary, next(caches), project)
-        patched = self.patches and not cut
         h = h + self.patches[0](h) if patched else h
         for t in range(0 if cut else depth):
-            h = call(self.loop_step, h, t, rotary, next(caches), ways[P])
+            h = call(self.loop_step, h, t, rotary, next(caches), ways[n])
         h = h + self.patches[1](h) if patched else h
-        for layer, project in zip(self.coda, ways[P + 1 :]):
+        for layer, project in zip(self.coda, ways[n + 1 :]):
             h = call(layer, h, rotary, next(caches), project)
         return self.norm(h)
     def compile_blocks(self, **how):

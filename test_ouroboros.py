@@ -413,6 +413,26 @@ def test_what_patch_and_adapters_train_is_what_their_equations_say(train_coda, a
     assert torch.equal(model.cut(ids), small_model(torch.float64).cut(ids))  # the baseline has none of it
 
 
+@torch.no_grad()
+def test_what_the_experiments_compare_is_what_they_say():
+    from experiments import paper  # here, since it brings more than the other tests need
+    cut, ids = dict(prelude=2, recurrent=3, coda=2, rank=4), tokens()
+    budget = sum(p.numel() for p in small_model().trained_parameters().values())
+    for kind in ("scale", "matrix", "lora", "lora one", "layer"):
+        model = paper.Alternative(small_qwen(), kind, depth=1, **cut)
+        start, trained = model.cut(ids), model.trained_parameters().values()
+        assert torch.allclose(model(ids), start, atol=1e-5)
+        assert not kind.startswith("lora") or abs(sum(p.numel() for p in trained) - budget) < 0.1 * budget
+        for p in trained:
+            p += 0.1
+        assert not torch.allclose(model(ids), start, atol=1e-2)
+    for ours, random in zip(small_model().lora, paper.RandomBases(small_qwen(), **cut).lora):
+        assert torch.allclose(random.A @ random.A.T, torch.eye(4), atol=1e-5)
+        gram = random.B.T @ random.B
+        assert torch.allclose(gram, torch.diag(ours.B.square().sum(0)), atol=1e-5)
+        assert not torch.allclose(random.B @ random.A, ours.B @ ours.A, atol=1e-2)
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (8, 40)])
 def test_svd_bases_are_the_truncated_svd(shape):
     R = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -1181,7 +1201,8 @@ def test_random_configurations_work_or_say_in_one_line_why_not(tmp_path):
         switches = dict(prelude=pick(None, None, 1, 2), coda=pick(None, None, 1, 2), recurrent=pick(None, None, 3),
                         rank=pick(1, 2, 4, 9), depth=pick(1, 1, 2, 3, 5, 0), pool=pick("prefix", "sequence"),
                         modulation=pick("controller", "static", "none"), gate=pick(True, False),
-                        step_norm=pick(True, False))
+                        step_norm=pick(True, False), patch=pick(True, False),
+                        train_coda=pick("none", "norms", "lora", "all"))
 
         def use(folder=tmp_path / str(n), config=config, switches=switches):
             folder_of(small_qwen(seed=1, config=config), folder / "base")

@@ -50,7 +50,7 @@ def parse_arguments():
     g("--no-gate", dest="gate", action="store_false", help="h = StepNorm(Layer(h)), without the gated mix")
     g("--no-step-norm", dest="step_norm", action="store_false", help="without the RMSNorm per step")
     g("--patch", action="store_true", help="past the paper: a matrix at both seams, not gate and step norm")
-    g("--train-coda", choices=tuple(CODAS), default="none", help="what else; all: of every layer (none; --patch: all)")
+    g("--train-coda", choices=tuple(CODAS), default="none", help="trained too; all: of all layers (none; --patch: all)")
     g("--prelude", type=int, help="layers kept at the start (8/36 of them; paper: 8 of 36)")
     g("--recurrent", type=int, help="index of the looped layer (the middle one; paper: 18 of 36)")
     g("--coda", type=int, help="layers kept at the end (8/36 of them; paper: 8 of 36)")
@@ -106,8 +106,7 @@ def parse_arguments():
     if args.out and any(p.is_file() and ".part" not in p.suffixes for p in (args.out, *args.out.rglob("*"))):
         raise UserError(f"{args.out}: is there already, and nothing saved is overwritten; choose another --out")
     for name, value in zip(NAMES, PRESETS["tiny" if args.model == "tiny" else "paper" if on_cuda else "cpu"]):
-        value *= 3 if args.patch and name == "lr" else 1
-        setattr(args, name, getattr(args, name) or value)
+        setattr(args, name, getattr(args, name) or value * (3 if args.patch and name == "lr" else 1))
     args.warmup = min(args.warmup, max(1, args.steps // 2))
     args.eval_every = args.eval_every or max(1, args.steps // 5)
     return args
