@@ -13,7 +13,7 @@ float32. They are cast to the type of the state where they are used, so bf16 nee
 
 Past the paper (patch, train_coda): a matrix P at each seam, h + P h before and after the loop (after LinearPatch, arXiv
 2505.24680); in the loop h + o_t (h_new - h) instead of gate and step norm, o_0 = 1 and o_t = 0 at the start; a LoRA on
-the coda or on all kept layers. As P = 0 too, training starts exactly from the cut model.
+the coda or on all kept layers. As P = 0 too, training with patch starts exactly from the cut model.
 
 A trained run continues a prompt: python ouroboros.py runs/NAME --prompt "..."
 """
@@ -112,8 +112,8 @@ class StepNorm(nn.Module):
         return F.rms_norm(h, h.shape[-1:], self.weight[t].to(h.dtype), self.eps)
 
 class Adapter(nn.Module):
-    """How to apply the projections of a kept layer, `project`, once its two norms and a plain LoRA (arXiv 2106.09685)
-    are trained: W x' + B A x', where x' = (1 + c) x behind a norm, and c = B = 0 at the start. rank 0: the norms alone.
+    """A `project` (see qwen.py) for a kept layer whose two norms and a plain LoRA (arXiv 2106.09685) are trained:
+    W x' + B A x', where x' = (1 + c) x behind a norm, and c = B = 0 at the start. rank 0: the norms alone.
     [B, T, in] -> [B, T, out]"""
     def __init__(self, layer, rank: int):
         super().__init__()
@@ -140,7 +140,7 @@ def sequence_mean(h, cache=None):
 
 POOLS = {"prefix": prefix_mean, "sequence": sequence_mean}
 MODULATIONS = ("controller", "static", "none")
-CODAS = {"none": None, "norms": 0, "lora": 4, "all": 2}  # train_coda -> rank of its adapters; all: on every kept layer
+CODAS = {"none": None, "norms": 0, "lora": 4, "all": 2}  # train_coda -> rank of the adapters; all: on every kept layer
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 def default_cut(layers: int) -> tuple[int, int, int]:
@@ -219,7 +219,7 @@ class Ouroboros(LanguageModel):
         ways = [plain] * (n + 1 + len(self.coda) - len(adapters)) + adapters  # to apply each kept layer's projections
         keep_inputs_only = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         call = keep_inputs_only if self.checkpointing and torch.is_grad_enabled() else lambda block, *x: block(*x)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and ways[0] is not plain):  # else no graph is kept
+        with torch.set_grad_enabled(torch.is_grad_enabled() and ways[0] is not plain):  # a graph only for adapters
             h = self.embed_tokens(ids)
             for layer, project in zip([*self.prelude, self.recurrent] if cut else self.prelude, ways):
                 h = call(layer, h, rotary, next(caches), project)
@@ -243,7 +243,7 @@ class Ouroboros(LanguageModel):
         if self.controller is not None:
             m = self.controller(self.pool(h, cache), s)
             def modulated(projection, x, k):
-                return project(projection, x, k) + self.lora[k](x, m[k])
+                return project(lambda y: projection(y) + self.lora[k](y, m[k]), x, k)
         h_new = self.recurrent(h, rotary, cache, modulated)
         if self.opening is not None:
             return torch.lerp(h, h_new, self.opening[s].to(h.dtype))

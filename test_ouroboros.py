@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
+from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -393,9 +394,11 @@ def test_with_patch_training_starts_exactly_from_the_cut_model(depth, train_coda
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("modulation", ["none", "static"])
 @pytest.mark.parametrize("train_coda, adapted", [("lora", (4, 5)), ("all", (0, 1, 3, 4, 5))])
-def test_what_patch_and_adapters_train_is_what_their_equations_say(train_coda, adapted):
-    model, ids = small_model(torch.float64, modulation="none", depth=2, patch=True, train_coda=train_coda), tokens()
+def test_what_patch_and_adapters_train_is_what_their_equations_say(train_coda, adapted, modulation):
+    switches = dict(modulation=modulation, depth=2, patch=True, train_coda=train_coda)
+    model, ids = small_model(torch.float64, **switches), tokens()
     layers, rotary = small_qwen(dtype=torch.float64).layers, rotary_tables(SMALL, 12, "cpu")
     assert len(model.adapters) == len(adapted)
     for layer, adapter in zip((layers[i] for i in adapted), model.adapters):  # written into the layers' weights
@@ -405,8 +408,12 @@ def test_what_patch_and_adapters_train_is_what_their_equations_say(train_coda, a
             layer.get_submodule(name).weight += B.weight @ A.weight
     h = layers[1](layers[0](model.embed_tokens(ids), rotary), rotary)
     h = h + h @ model.patches[0].weight.T
-    for o in model.opening:
-        h = (1 - o) * h + o * layers[3](h, rotary)
+    for t, o in enumerate(model.opening):
+        looped = deepcopy(layers[3])
+        for k, name in enumerate(PROJECTIONS if modulation == "static" else ()):
+            A, B, m = model.lora[k].A, model.lora[k].B, model.controller.table[t, k]
+            looped.get_submodule(name).weight += 16 / 4 * B @ torch.diag(m) @ A
+        h = (1 - o) * h + o * looped(h, rotary)
     h = h + h @ model.patches[1].weight.T
     h = layers[5](layers[4](h, rotary), rotary)
     assert torch.allclose(model(ids), model.norm(h) @ model.head.T, atol=1e-10)
@@ -414,23 +421,50 @@ def test_what_patch_and_adapters_train_is_what_their_equations_say(train_coda, a
 
 
 @torch.no_grad()
-def test_what_the_experiments_compare_is_what_they_say():
-    from experiments import paper  # here, since it brings more than the other tests need
-    cut, ids = dict(prelude=2, recurrent=3, coda=2, rank=4), tokens()
-    budget = sum(p.numel() for p in small_model().trained_parameters().values())
-    for kind in ("scale", "matrix", "lora", "lora one", "layer"):
-        model = paper.Alternative(small_qwen(), kind, depth=1, **cut)
-        start, trained = model.cut(ids), model.trained_parameters().values()
-        assert torch.allclose(model(ids), start, atol=1e-5)
-        assert not kind.startswith("lora") or abs(sum(p.numel() for p in trained) - budget) < 0.1 * budget
-        for p in trained:
-            p += 0.1
-        assert not torch.allclose(model(ids), start, atol=1e-2)
-    for ours, random in zip(small_model().lora, paper.RandomBases(small_qwen(), **cut).lora):
+@pytest.mark.parametrize("kind", ["scale", "matrix", "lora", "lora one", "layer"])
+def test_the_alternatives_of_the_experiments_are_what_they_say(kind):
+    from experiments.paper import Alternative  # here, since it brings more than the other tests need
+    model, ids = Alternative(small_qwen(), kind, prelude=2, recurrent=3, coda=2, rank=4, depth=1), tokens()
+    start, trained = model.cut(ids), model.trained_parameters().values()
+    assert torch.allclose(model(ids), start, atol=1e-5)
+    if kind.startswith("lora"):  # of the size of the paper's system
+        budget = sum(p.numel() for p in small_model().trained_parameters().values())
+        assert abs(sum(p.numel() for p in trained) - budget) < 0.1 * budget
+    for p in trained:
+        p += 0.1 * torch.randn_like(p)
+    layers, x = small_qwen().layers, model.extra
+    for n, i in enumerate({"lora": (0, 1, 3, 4, 5), "lora one": (3,)}.get(kind, ())):
+        for k, name in enumerate(PROJECTIONS):
+            layers[i].get_submodule(name).weight += x[f"B{7 * n + k}"] @ x[f"A{7 * n + k}"]
+    h, rotary = model.embed_tokens(ids), rotary_tables(SMALL, 12, "cpu")
+    for i in (0, 1, 3, 4, 5):
+        h = (model.recurrent if kind == "layer" and i == 3 else layers[i])(h, rotary)
+        if i == 3:
+            h = h * x["scale"] if kind == "scale" else h @ x["matrix"].T if kind == "matrix" else h
+    ours = model(ids)
+    assert torch.allclose(ours, model.norm(h) @ model.head.T, atol=1e-4) and not torch.allclose(ours, start, atol=1e-2)
+
+
+def test_the_variants_of_the_experiments_are_what_they_say():
+    from experiments.paper import DrawnDepth, LowRank, RandomBases, Rounded, Seams
+    cut = dict(prelude=2, recurrent=3, coda=2, rank=4)
+    for ours, random in zip(small_model().lora, RandomBases(small_qwen(), **cut).lora):
         assert torch.allclose(random.A @ random.A.T, torch.eye(4), atol=1e-5)
-        gram = random.B.T @ random.B
-        assert torch.allclose(gram, torch.diag(ours.B.square().sum(0)), atol=1e-5)
+        assert torch.allclose(random.B.T @ random.B, torch.diag(ours.B.square().sum(0)), atol=1e-5)
         assert not torch.allclose(random.B @ random.A, ours.B @ ours.A, atol=1e-2)
+    for seams, trained in (("in", [True, False]), ("out", [False, True]), ("none", [False, False])):
+        assert [P.weight.requires_grad for P in Seams(small_qwen(), seams, patch=True, **cut).patches] == trained
+    assert all(p.dtype == torch.bfloat16 for p in Rounded(small_qwen(), **cut).trained_parameters().values())
+    low = LowRank(small_qwen(), patch=True, **cut)
+    assert [tuple(P.weight.shape) for P in low.patches[0]] == [(4, 32), (32, 4)]
+    assert torch.equal(low(tokens()), low.cut(tokens()))
+    drawn, losses = DrawnDepth(small_qwen(), **cut), set()
+    for seed in range(20):
+        ids = tokens(seed=seed)
+        depth = min((1, 2, 4, 8), key=lambda d: abs(drawn.loss(ids, ids) - Ouroboros.loss(drawn, ids, ids, depth=d)))
+        assert drawn.loss(ids, ids) == Ouroboros.loss(drawn, ids, ids, depth=depth)
+        losses.add(depth)
+    assert losses == {1, 2, 4, 8}
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (8, 40)])

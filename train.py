@@ -49,8 +49,8 @@ def parse_arguments():
     g("--pool", choices=tuple(POOLS), default="prefix", help="what it sees (prefix; paper: sequence, the future too)")
     g("--no-gate", dest="gate", action="store_false", help="h = StepNorm(Layer(h)), without the gated mix")
     g("--no-step-norm", dest="step_norm", action="store_false", help="without the RMSNorm per step")
-    g("--patch", action="store_true", help="past the paper: a matrix at both seams, not gate and step norm")
-    g("--train-coda", choices=tuple(CODAS), default="none", help="trained too; all: of all layers (none; --patch: all)")
+    g("--patch", action="store_true", help="past the paper: a matrix at each seam in place of gate and step norm")
+    g("--train-coda", choices=(*CODAS,), default="none", help="norms or a LoRA too; all: of every layer (--patch: all)")
     g("--prelude", type=int, help="layers kept at the start (8/36 of them; paper: 8 of 36)")
     g("--recurrent", type=int, help="index of the looped layer (the middle one; paper: 18 of 36)")
     g("--coda", type=int, help="layers kept at the end (8/36 of them; paper: 8 of 36)")
@@ -63,7 +63,7 @@ def parse_arguments():
     g("--seq-len", type=int, help="tokens in a sequence (2048)")
     g("--batch-size", type=int, help="sequences in a forward (2)")
     g("--accumulation", type=int, help="forwards to an optimizer step (16)")
-    g("--lr", type=float, help="learning rate after the warm-up (3e-4); then a cosine to zero")
+    g("--lr", type=float, help="learning rate after the warm-up (3e-4; --patch: 3 times as much), then a cosine")
     g("--norm-lr-scale", type=float, help="how many times faster the step norm learns, which starts at 1 (1)")
     g("--warmup", type=int, help="optimizer steps of linear warm-up, at most half of all")
     g("--seed", type=int, default=0, help="of the first weights and of the order of the data (0 by default)")
@@ -305,7 +305,7 @@ def main():
         switches = vars(args).keys() & signature(Ouroboros).parameters.keys()  # they have the same names there
         model = Ouroboros(qwen, **{name: getattr(args, name) for name in switches})
         if not model.trained_parameters():
-            raise UserError("nothing is left to train: keep one of Controller, gate and step norm")
+            raise UserError("nothing is left to train: keep Controller, gate or step norm, or try --patch")
     model.checkpointing = args.activation_checkpointing
     if PROCESSES > 1:
         for tensor in model.own().values():

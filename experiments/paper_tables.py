@@ -84,8 +84,10 @@ def depths(results: Results) -> str:
     for name in names:
         for run in results.seeds(name)[:1]:
             if "depths" in run:
-                rows.append([name, *(f"{run['depths'][str(d)]['held-out']:.3f}" for d in tested)])
-    return table("5. Depth at test time: held-out loss", ["trained with", *(f"depth {d}" for d in tested)], rows)
+                losses = [run["depths"][str(d)] for d in tested]
+                rows.append([name, *(f"{loss['held-out']:.3f} / {loss['other']:.3f}" for loss in losses)])
+    head = ["trained with", *(f"depth {d}" for d in tested)]
+    return table("5. Depth at test time: loss, held-out / other", head, rows)
 
 
 def alternatives(results: Results) -> str:
@@ -97,7 +99,7 @@ def alternatives(results: Results) -> str:
             best = min(tried, key=lambda name: results.seeds(name)[0]["loss"]["held-out"])
             rate = RATES.get(best.split()[-1], "the same rate")
             rows += rows_of(results, {best: f"{label} ({rate})"})
-    return table("6. Is the hypernetwork worth its parameters? (the alternatives: best of four rates)", HEAD, rows)
+    return table("6. Is the hypernetwork worth its parameters? (alternatives: best of up to four rates)", HEAD, rows)
 
 
 def past_the_paper(results: Results) -> str:
