@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs" / "paper"
 sys.path.insert(0, str(ROOT))
 import train
 from data import Batches, cache_folder, open_source
 from ouroboros import Linear, Ouroboros
 from qwen import (PROJECTIONS, Qwen, UserError, exit_on_user_error, keep_freed_memory, load_tokenizer, pick_device,
-                  promote, replace_file)
+                  promote, read_json, replace_file)
 
 DEPTHS = (1, 2, 4, 8, 16, 32)  # at which every looped model is evaluated
 READMES = ("torch", "numpy", "matplotlib", "pillow", "sympy", "mpmath", "networkx", "tqdm", "huggingface_hub",
@@ -150,12 +151,14 @@ class Alternative(Ouroboros):
 
 
 def all_runs(central: bool, steps: int) -> dict:
-    """name -> (class, its own settings, options of train.py)"""
+    """name -> (class, its own settings, options of train.py). central: only what is worth its time on a larger model.
+    In names: third, three, ten: times the preset's rate; long: more steps; past: trained for the tables past the paper,
+    there paper: its own system; start: as the cut model, without a patch; seam, patch: at one seam, at both."""
     runs = {}
 
-    def add(name, *options, kind=Ouroboros, seeds=1, **own):
+    def add(name, *options, kind=Ouroboros, own=None, seeds=1):
         for seed in range(seeds):
-            runs[f"{name} seed{seed}"] = kind, own, [*options, "--seed", str(seed)]
+            runs[f"{name} seed{seed}"] = kind, own or {}, [*options, "--seed", str(seed)]
     seeds, lr = 1 if central else 3, train.PRESETS["cpu" if central else "tiny"][4]
 
     def past(name, *options, rate=3, **how):  # past the paper
@@ -173,11 +176,11 @@ def all_runs(central: bool, steps: int) -> dict:
             past(f"paper depth{depth}", "--depth", str(depth), rate=1, seeds=3 if depth == 8 else 1)
         past(f"paper depth{depth} three", "--depth", str(depth))
         for modulation in ("none", "controller") if depth < 8 else ():
-            patched(f"start depth{depth} {modulation}", depth, modulation, kind=Seams, seams="none")
+            patched(f"start depth{depth} {modulation}", depth, modulation, kind=Seams, own={"seams": "none"})
     if central:  # where it is better
         past("paper no step norm", "--no-step-norm", rate=1)
     for seams in ("in", "out"):
-        patched(f"seam {seams}", 1, "none", kind=Seams, seams=seams)
+        patched(f"seam {seams}", 1, "none", kind=Seams, own={"seams": seams})
     patched("low rank", 1, "none", kind=LowRank)
     for depth in (4, 8, 2):
         for modulation in ("none", "controller"):
@@ -193,8 +196,8 @@ def all_runs(central: bool, steps: int) -> dict:
     add("no gate", "--no-gate", seeds=seeds)
     add("no step norm", "--no-step-norm", seeds=seeds)
     add("random bases", kind=RandomBases, seeds=seeds)
-    past("lora", "--depth", "1", kind=Alternative, kind_="lora")  # the plain LoRA of row 6, at the rate of the others
     if central:
+        past("lora", "--depth", "1", kind=Alternative, own={"kind": "lora"})
         long = "--depth", "1", "--steps", str(10 * steps)
         add("long depth1 controller", *long)
         add("long depth1 offset2 sequence", "--target-offset", "2", "--pool", "sequence", *long)
@@ -214,9 +217,9 @@ def all_runs(central: bool, steps: int) -> dict:
         if name != "ten":  # at which the paper's system meets no finite gradient any more
             add(f"lr {name}", "--lr", str(lr * factor))
         for kind in ("scale", "matrix", "lora", "lora one", "layer"):
-            add(f"{kind} lr {name}", "--depth", "1", "--lr", str(lr * factor), kind=Alternative, kind_=kind)
+            add(f"{kind} lr {name}", "--depth", "1", "--lr", str(lr * factor), kind=Alternative, own={"kind": kind})
     for kind in ("scale", "matrix", "lora", "lora one", "layer"):
-        add(kind, "--depth", "1", kind=Alternative, kind_=kind)
+        add(kind, "--depth", "1", kind=Alternative, own={"kind": kind})
     for depth, modulation in ((1, "none"), (1, "controller"), (4, "none"), (4, "controller"), (8, "none")):
         add(f"long patch depth{depth} {modulation}", "--patch", "--depth", str(depth), "--modulation", modulation,
             "--train-coda", "none", "--steps", str(6 * steps))
@@ -237,6 +240,14 @@ def prose() -> str:
         if not path.exists():
             replace_file(path, lambda part: part.write_text(text))
     return str(folder)
+
+
+def evaluation_texts(ours, args) -> dict:
+    """The texts that every model is evaluated on."""
+    tokenizer, home, other = load_tokenizer(args.model), open_source(args.data), open_source(ours.other)
+    return {name: Batches(source, split, tokenizer, args.seq_len, offset, train.EVALUATION_SEED)
+            for name, source, split, offset in (("train", home, "train", 1), ("held-out", home, "val", 1),
+                                                ("other", other, "val", 1), ("held-out t+2", home, "val", 2))}
 
 
 def leak_cut(model, batches, args, device):
@@ -273,30 +284,24 @@ def look_inside(model, texts: dict, args, device):
 def one_run(name: str, ours):
     """Train (or go on with) a run, evaluate it on everything and write its JSON file."""
     kind, own, options = all_runs(ours.central, ours.steps)[name]
-    out = ROOT / "runs" / "paper" / ours.name / name.replace(" ", "-")
+    out = RUNS / ours.name / name.replace(" ", "-")
     begun = any(out.glob("step-*/ouroboros.safetensors"))
-    sys.argv = ["train.py", *(["--resume", str(out)] if begun else [
-        "--model", ours.model, "--data", ours.data, "--out", str(out), "--steps", str(ours.steps), "--save-every", "50",
-        "--eval-every", str(max(1, ours.steps // 10)), "--dtype", ours.dtype, "--device", "cpu", *options])]
+    sys.argv = ["train.py", "--model", ours.model, "--data", ours.data, "--dtype", ours.dtype, "--device", "cpu",
+                "--steps", str(ours.steps), "--eval-every", str(max(1, ours.steps // 10)), "--save-every", "50",
+                *options, "--resume" if begun else "--out", str(out)]
     args = train.parse_arguments()
     keep_freed_memory()
     device, dtype = pick_device(args.device, args.dtype)
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model)
-    home, other = open_source(args.data), open_source(ours.other)
-
-    def batches(source, split, offset=1, seed=train.EVALUATION_SEED):
-        return Batches(source, split, tokenizer, args.seq_len, offset, seed)
-    texts = {"train": batches(home, "train"), "held-out": batches(home, "val"), "other": batches(other, "val"),
-             "held-out t+2": batches(home, "val", 2)}
+    texts = evaluation_texts(ours, args)
     if begun:
         model = kind.load(out, None, dtype, device, args.checkpoint)
     else:
         settings = {name: value for name, value in vars(args).items() if name in signature(Ouroboros).parameters}
-        model = kind(Qwen.from_pretrained(args.model, dtype, device), **{k.strip("_"): v for k, v in own.items()},
-                     **settings)
+        model = kind(Qwen.from_pretrained(args.model, dtype, device), **own, **settings)
         args.text = None
-    training = batches(home, "train", args.target_offset, args.seed)
+    training = Batches(open_source(args.data), "train", texts["train"].tokenizer, args.seq_len, args.target_offset,
+                       args.seed)
     if number := train.train(model, training, texts["held-out"], args, device):
         sys.exit(128 + number)
     result = {"name": name, "parameters": sum(p.numel() for p in model.trained_parameters().values()),
@@ -313,8 +318,8 @@ def one_run(name: str, ours):
         result["inside"] = look_inside(model, {"held-out": texts["held-out"], "other": texts["other"]}, args, device)
     if model.step_norm is not None and model.gate is not None:
         norms, biases = model.step_norm.weight[: args.depth], model.gate.linear.bias
-        moved = {"step norm": norms != 1, "gate": biases != -2}
-        result["moved"] = {part: which.float().mean().item() for part, which in moved.items()}
+        moved = {"step norm": norms - 1, "gate": biases + 2}
+        result["moved"] = {part: change.abs().float().mean().item() for part, change in moved.items()}
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     result["log"] = [[row["step"], row["loss"] and round(row["loss"], 4), round(row.get("held_out", 0), 4)]
                      for row in rows]  # a step without a finite loss and gradient has none
@@ -326,16 +331,16 @@ def baseline(ours):
     sys.argv = ["train.py", "--model", ours.model, "--data", ours.data, "--dtype", ours.dtype, "--device", "cpu"]
     args = train.parse_arguments()
     device, dtype = pick_device(args.device, args.dtype)
-    qwen, tokenizer = Qwen.from_pretrained(args.model, dtype, device), load_tokenizer(args.model)
-    home, other = open_source(args.data), open_source(ours.other)
-    texts = {name: Batches(source, split, tokenizer, args.seq_len, offset, train.EVALUATION_SEED) for
-             name, source, split, offset in (("train", home, "train", 1), ("held-out", home, "val", 1),
-                                             ("other", other, "val", 1), ("held-out t+2", home, "val", 2))}
+    qwen, texts = Qwen.from_pretrained(args.model, dtype, device), evaluation_texts(ours, args)
     full = {name: train.evaluate(qwen.loss, b, args, device) for name, b in texts.items()}
     model = Ouroboros(qwen, modulation="none")
     cut = {name: train.evaluate(lambda *batch: model.loss(*batch, cut=True), b, args, device)
            for name, b in texts.items()}
-    write(ours.results / "baselines.json", {"full": full, "cut": cut})
+    write(ours.results / "baselines.json", {"of": what(ours), "full": full, "cut": cut})
+
+
+def what(ours) -> list:
+    return [Path(ours.data).name, Path(ours.other).name, ours.steps]
 
 
 def write(path: Path, what):
@@ -349,7 +354,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--data", default="python")
-    parser.add_argument("--other", help="text of another kind (the packages' READMEs; python for another --data)")
+    parser.add_argument("--other", help="text of another kind (READMEs of packages for python, else python)")
     parser.add_argument("--steps", type=int, help="of most runs; some take several times as many (250; else 60)")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with its share of the cores")
@@ -357,7 +362,7 @@ def main():
     ours = parser.parse_args()
     ours.name, ours.central = Path(ours.model).name, ours.model != "tiny"
     ours.steps = ours.steps or (60 if ours.central else 250)
-    ours.other = ours.other or ("python" if ours.central else prose())
+    ours.other = ours.other or (prose() if ours.data == "python" else "python")
     ours.results = ROOT / "experiments" / "paper" / ours.name
     if ours.run:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ours.jobs))
@@ -373,6 +378,8 @@ def main():
         return done.returncode == 0
     if not in_a_process("baselines"):
         raise UserError("the model or a text cannot be used, see above")
+    if read_json(ours.results / "baselines.json")["of"] != what(ours):
+        raise UserError(f"{ours.results} is of other texts or steps than {what(ours)}; move it and {RUNS} away")
     names = sorted(all_runs(ours.central, ours.steps), key=lambda name: "depth16" in name)  # the slow ones last
     with ThreadPoolExecutor(ours.jobs) as pool:
         missing = list(pool.map(in_a_process, names)).count(False)

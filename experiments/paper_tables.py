@@ -106,8 +106,9 @@ def past_the_paper(results: Results) -> str:
     names = {}
     for depth in (1, 4, 8):
         name = f"past paper depth{depth}"
-        same = name if results.seeds("past paper depth8") else f"depth{depth} controller"  # on tiny trained as long
+        same = name if results.seeds(name) else f"depth{depth} controller"  # on tiny trained as long
         names |= {same: f"the paper's system, depth {depth}", f"{name} three": "the same, three times the rate"}
+    names["past paper no step norm"] = "the paper's system without the step norm, depth 8"
     for depth in (1, 4):
         names |= {f"past start depth{depth} {m}": f"started as the cut model, no patch, depth {depth}, {m}"
                   for m in ("none", "controller")}
@@ -117,10 +118,10 @@ def past_the_paper(results: Results) -> str:
     names |= {f"past patch depth{depth} {m}": f"a patch at both, depth {depth}, {m}"
               for depth in (1, 2, 4, 8) for m in ("none", "static", "controller")}
     names |= {"past coda norms": "both and the coda's norms, depth 1, none",
-              "past coda lora": "both, the coda's norms and a LoRA on it, depth 1, none",
-              "past all lora": "both, the norms of all kept layers and a LoRA on them, depth 1, none (--patch)",
+              "past coda lora": "both, the coda's norms and a LoRA of rank 4 on it, depth 1, none",
+              "past all lora": "both, norms and a LoRA of rank 2 of all kept layers, depth 1, none (--patch)",
               "past lora": "no patch, a LoRA on all kept layers, no loop"}
-    return table(f"7. Past the paper, after {tokens(results, 'past '):,} tokens", HEAD, rows_of(results, names))
+    return table_after("7. Past the paper", "past all lora", results, names)
 
 
 def longer(results: Results) -> str:
@@ -129,11 +130,14 @@ def longer(results: Results) -> str:
     names |= {f"long patch depth{depth} {m}": f"a patch at both seams, depth {depth}, {m}"
               for depth in (1, 4, 8) for m in ("none", "controller")}
     names["long all lora"] = "--patch"
-    return table(f"8. Longer: after {tokens(results, 'long '):,} tokens", HEAD, rows_of(results, names))
+    return table_after("8. Longer", "long all lora", results, names)
 
 
-def tokens(results: Results, kind: str) -> int:
-    return next((run["tokens"] for name, run in results.runs.items() if name.startswith(kind)), 0)
+def table_after(title: str, name: str, results: Results, names: dict) -> str:
+    """The rows of runs that saw as many tokens as the run `name`."""
+    tokens = next((run["tokens"] for run in results.seeds(name)), 0)
+    names = {n: label for n, label in names.items() if all(run["tokens"] == tokens for run in results.seeds(n))}
+    return table(f"{title}, after {tokens:,} tokens", HEAD, rows_of(results, names))
 
 
 def write_all(folder: Path):
@@ -141,7 +145,7 @@ def write_all(folder: Path):
     modulated = {f"depth{d} {m}": f"depth {d}, {m}" for d in (1, 4, 8, 16) for m in ("controller", "static", "none")}
     ranks = {"rank8": "rank 8", "depth8 controller": "rank 32", "rank64": "rank 64", "rank8 static": "rank 8, static",
              "depth8 static": "rank 32, static", "rank64 static": "rank 64, static", "lr third": "rank 32, rate / 3",
-             "lr three": "rank 32, rate x 3", "lr ten": "rank 32, rate x 10"}
+             "lr three": "rank 32, rate x 3"}
     switches = {"depth8 controller": "all", "no gate": "without the gate", "no step norm": "without the step norm",
                 "random bases": "random orthogonal bases"}
     parts = [objective(results), table("2. Controller, static, none", HEAD, rows_of(results, modulated)),
@@ -149,11 +153,11 @@ def write_all(folder: Path):
              table("4. Gate, step norm and bases", HEAD, rows_of(results, switches)), depths(results),
              alternatives(results), past_the_paper(results), longer(results)]
     parts = [part for part in parts if part.count("\n") > 4]  # with a row
-    moved = [[kind, *(f"{100 * run['moved'][part]:.1f}%" for part in ("step norm", "gate")),
+    moved = [[kind, *(f"{run['moved'][part]:.4f}" for part in ("step norm", "gate")),
               f"{run['loss']['held-out']:.3f}"] for kind in ("bf16", "float32")
              for run in results.seeds(f"{kind} weights paper rate")]
     if moved:
-        parts.append(table("Trained weights in bf16, at the paper's rate: how many moved at all",
+        parts.append(table("Trained weights in bf16, at the paper's rate: how far they moved, on average",
                            ["trained weights", "step norm", "gate biases", "held-out"], moved))
     (folder / "tables.md").write_text("\n".join(parts))
     for draw in (draw_curves, draw_depths, draw_inside):
@@ -171,21 +175,19 @@ def picture(folder: Path, name: str, figure):
 def draw_curves(results: Results, folder: Path):
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    long, markers = bool(results.seeds("long offset1 prefix")), iter("osD^v")
-    names = {("long offset1 prefix" if long else "depth8 controller"): ("ours", "black", "-"),
-             ("long offset2 sequence" if long else "offset2 sequence"): ("as published", "0.5", "-."),
-             "long depth1 controller": ("ours, depth 1, long", "black", "--"),
-             "long depth1 offset2 sequence": ("as published, depth 1, long", "0.5", "-"),
-             "past paper depth8": ("the paper's system", "0.5", "--"),
-             ("long all lora" if results.seeds("long all lora") else "past all lora"): ("--patch", "black", ":")}
-    for name, (label, colour, style) in names.items():
-        for run in results.seeds(name)[:1]:
-            steps, losses, held_out = zip(*run["log"])
-            if label == "ours":
-                axes.plot(steps, losses, color="0.8", linewidth=0.6, label=f"{label}: training", zorder=1)
-            points = [(s, h) for s, h in zip(steps, held_out) if h]
-            axes.plot(*zip(*points), color=colour, linestyle=style, marker=next(markers), markersize=4,
-                      markevery=max(1, len(points) // 10), label=f"{label}: held-out next token")
+    system, published = "the paper's system", "the same as published (t+2, sequence pooling)"
+    names = {"long offset1 prefix": (system, "black", "-"), "long offset2 sequence": (published, "0.5", "-."),
+             "long depth1 controller": (f"{system}, depth 1", "black", "-"),
+             "long depth1 offset2 sequence": (published, "0.5", "-."),
+             "past paper depth8": (f"{system}, depth 8", "black", "--"), "long all lora": ("--patch", "black", ":")}
+    there = [(results.seeds(name)[0], *look) for name, look in names.items() if results.seeds(name)]
+    for n, ((run, label, colour, style), marker) in enumerate(zip(there, "osD^v")):
+        steps, losses, held_out = zip(*run["log"])
+        if n == 0:
+            axes.plot(steps, losses, color="0.8", linewidth=0.6, label=f"{label}: training", zorder=1)
+        points = [(s, h) for s, h in zip(steps, held_out) if h]
+        axes.plot(*zip(*points), color=colour, linestyle=style, marker=marker, markersize=4,
+                  markevery=max(1, len(points) // 10), label=f"{label}: held-out next token")
     for which, style in (("cut", ":"), ("full", "--")):
         axes.axhline(results.base[which]["held-out"], color="black", linewidth=0.8, linestyle=style,
                      label=f"{which} model, held-out")
