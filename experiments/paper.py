@@ -177,7 +177,7 @@ def all_runs(central: bool, steps: int) -> dict:
         past(f"paper depth{depth} three", "--depth", str(depth))
         for modulation in ("none", "controller") if depth < 8 else ():
             patched(f"start depth{depth} {modulation}", depth, modulation, kind=Seams, own={"seams": "none"})
-    if central:  # where it is better
+    if central:
         past("paper no step norm", "--no-step-norm", rate=1)
     for seams in ("in", "out"):
         patched(f"seam {seams}", 1, "none", kind=Seams, own={"seams": seams})
