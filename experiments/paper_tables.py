@@ -178,23 +178,24 @@ def picture(folder: Path, name: str, figure):
 def draw_curves(results: Results, folder: Path):
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    system, published = "the paper's system", "the same as published (t+2, sequence pooling)"
+    system, published = "the paper's system", "as published: token t+2, sequence pooling"
     names = {"long offset1 prefix": (system, "black", "-"), "long offset2 sequence": (published, "0.5", "-."),
              "long depth1 controller": (f"{system}, depth 1", "black", "-"),
              "long depth1 offset2 sequence": (published, "0.5", "-."),
-             "past paper depth8": (f"{system}, depth 8", "black", "--"), "long all lora": ("--patch", "black", ":")}
+             "past paper depth8": (f"{system}, depth 8", "black", "--"),
+             ("long all lora" if results.seeds("long all lora") else "past all lora"): ("--patch", "black", ":")}
     there = [(results.seeds(name)[0], *look) for name, look in names.items() if results.seeds(name)]
     for n, ((run, label, colour, style), marker) in enumerate(zip(there, "osD^v")):
         steps, losses, held_out = zip(*run["log"])
         if n == 0:
-            axes.plot(steps, losses, color="0.8", linewidth=0.6, label=f"{label}: training", zorder=1)
+            axes.plot(steps, losses, color="0.8", linewidth=0.6, label=f"{label}, training", zorder=1)
         points = [(s, h) for s, h in zip(steps, held_out) if h]
         axes.plot(*zip(*points), color=colour, linestyle=style, marker=marker, markersize=4,
-                  markevery=max(1, len(points) // 10), label=f"{label}: held-out next token")
+                  markevery=max(1, len(points) // 10), label=f"{label}, held-out")
     for which, style in (("cut", ":"), ("full", "--")):
         axes.axhline(results.base[which]["held-out"], color="black", linewidth=0.8, linestyle=style,
                      label=f"{which} model, held-out")
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
+    axes.set(xlabel="optimizer step", ylabel="loss of the next token, nats")
     figure.legend(fontsize="small", loc="outside lower center", ncols=2)
     picture(folder, "curves", figure)
 
