@@ -467,6 +467,16 @@ def test_the_variants_of_the_experiments_are_what_they_say():
     assert losses == {1, 2, 4, 8}
 
 
+@pytest.mark.parametrize("model", ["tiny", "smollm2"])
+def test_the_tables_in_the_repository_are_those_of_the_logs_beside_them(model, tmp_path):
+    from experiments.paper_tables import write_all
+    results, again = HERE / "experiments" / "paper" / model, tmp_path / model
+    shutil.copytree(results, again, ignore=shutil.ignore_patterns("*.md", "*.png", "*.svg"))
+    write_all(again)
+    assert (again / "tables.md").read_text() == (results / "tables.md").read_text()
+    assert {path.name for path in again.iterdir()} == {path.name for path in results.iterdir()}
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (8, 40)])
 def test_svd_bases_are_the_truncated_svd(shape):
     R = torch.randn(shape, generator=torch.Generator().manual_seed(0))
