@@ -1,354 +1,344 @@
-"""The Qwen2.5 decoder in plain PyTorch, from one rotation up to a pretrained model that generates text.
+"""The Qwen2.5 decoder in plain PyTorch, from the rotation of one head to a pretrained model that writes
+text.
 
-One thing a plain decoder would not have: a layer takes the argument `project`, *how to apply a projection*, by which
-ouroboros.py changes it. Letters in shapes: B sequences, T tokens, d hidden_size, H heads of D channels, V vocabulary.
+Read from top to bottom: a config, the parts of a layer, the layer, the model, loading. One thing here is
+unusual. A layer takes an argument `project`, the function that applies its seven projections; ouroboros.py
+passes another one, and so changes a layer's weights without touching the layer.
+
+Letters in shapes: B sequences, T tokens, d hidden_size, H attention heads, H_kv key-value heads, D
+head_dim, V vocab_size.
 """
 
-import ctypes
-import json
-import math
-import os
 import re
-import sys
-from collections import defaultdict, namedtuple
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count, repeat
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import nn
 
-BUILT_IN = {"tiny": Path(__file__).resolve().parent / "tiny"}  # found from any current folder
+from device import promote
+from fast import attend_without_groups, fused_attention_fits, head_cross_entropy
+from hub import check_fit, full_name, read_config, read_tensors
+from hub import load_tokenizer as load_tokenizer  # part of what this file offers
 
-# The seven projections of a layer, and the numbers by which `project` knows them.
-PROJECTIONS = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
-Q, K, V, O, GATE, UP, DOWN = range(7)
+# The seven projections of a layer, in the order in which a forward pass applies them.
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-class UserError(Exception):
-    """Something the person at the keyboard can mend, one line that says what to do. Programs exit with code 2."""
 
-# ---- The decoder -----------------------------------------------------------------------------------------------------
-class Config(namedtuple("Config", "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-                        "num_key_value_heads head_dim rms_norm_eps rope_theta tie_word_embeddings attention_bias "
-                        "eos_token_id", defaults=(1e-6, 10000.0, False, True, ()))):
-    """What a forward pass needs of a Hub config.json, under the Hub's names. attention_bias: of q, k and v."""
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model, under the names of the Hub's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = True  # whether the q, k and v projections have biases
+    eos_token_id: tuple[int, ...] = ()  # any of these ends a text
+
     @classmethod
-    def from_json(cls, path: Path) -> "Config":
-        """Read config.json. UserError for what this decoder cannot run: another architecture, rope scaling, windows."""
-        raw = {"model_type": None, **cls._field_defaults, **read_json(path)}
-        with handling(path, "read as the config.json of a Qwen2.5 model"):
-            raw |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-            known = {"model_type": "qwen2", "hidden_act": "silu", "rope_type": "default", "type": "default",
-                     "use_sliding_window": False}
-            if other := {key: raw[key] for key in known if raw.get(key, known[key]) != known[key]}:
-                raise UserError(f"{path}: {other}: this program runs the plain Qwen2.5 decoder; name another model")
-            raw["head_dim"] = raw.get("head_dim") or int(raw["hidden_size"]) // int(raw["num_attention_heads"])
-            raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
-            c = {name: (int if i < 7 else float)(raw[name]) for i, name in enumerate(cls._fields[:9])}
-            if not all(0 < x < math.inf for x in c.values()) or c["head_dim"] % 2 or c["num_hidden_layers"] > 999 or (
-                    c["num_attention_heads"] % c["num_key_value_heads"]):
-                raise ValueError(f"sizes that do not fit together: {c}")
-            ends = [raw["eos_token_id"]] if isinstance(raw["eos_token_id"], int) else raw["eos_token_id"] or ()
-            return cls(**c, tie_word_embeddings=raw["tie_word_embeddings"] is True,
-                       eos_token_id=tuple(e for e in map(int, ends) if 0 <= e < c["vocab_size"]))
+    def from_pretrained(cls, folder_or_repo) -> "Config":
+        """Read config.json. Raises UserError for a model that this decoder cannot run."""
+        return cls(**read_config(folder_or_repo))
 
-def promote(x):  # to float32 or, if it is float64 already, not at all: bf16 is too coarse for sums
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+# ---- Rotary positions ------------------------------------------------------------------------------------
+
 
 @lru_cache(maxsize=4)
-@torch.inference_mode(False)  # a table that generation made may later serve a training step
-def rotary_tables(config: Config, length: int, device):
-    """Cosine and sine, [length, D] each, of the angle by which each position turns: position * theta^(-2i/D) for the
-    channels i and i + D/2 of a head. The first half of the sines is negated. float32 whatever the weights are."""
+@torch.inference_mode(False)  # a table that generation made may serve a training step later
+def rotary_table(config: Config, length: int, device):
+    """The cosine and the sine, [length, D] each in float32, of the angle by which each position is rotated.
+
+    Position p rotates the pair of channels (i, i + D/2) of a head by p * theta^(-2i/D).
+    """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    angles = torch.arange(length, device=device)[:, None] * config.rope_theta**-exponent
-    return angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)
+    position = torch.arange(length, device=device)
+    angle = position[:, None] * config.rope_theta**-exponent  # [length, D/2]
+    return angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+
+
+def rotary_at(config: Config, first: int, length: int, device):
+    """The rows of the rotary table for the positions first .. first + length - 1."""
+    table_length = 1024
+    while table_length < first + length:
+        table_length *= 2  # few lengths, so that the cached tables serve every call
+    cos, sin = rotary_table(config, table_length, device)
+    return cos[first : first + length], sin[first : first + length]
+
+
+def rotate_half(x):
+    """(a, b) -> (-b, a) for the two halves of the channels."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)
+
 
 def rotate(x, rotary):
-    """Turn each pair of channels (a, b) to (a cos - b sin, b cos + a sin). [B, H, T, D] -> [B, H, T, D]"""
+    """Rotate each pair (a, b) to (a cos - b sin, b cos + a sin). x [B, H, T, D] -> [B, H, T, D]"""
     cos, sin = rotary
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)  # rolled: every (a, b) is (b, a)
+    return torch.addcmul(x * cos, rotate_half(x), sin).to(x.dtype)  # x cos + rotate_half(x) sin
+
+
+# ---- The parts of a layer --------------------------------------------------------------------------------
+
 
 def attend(q, k, v):
-    """softmax(q k^T / sqrt(D)) v, where the T queries are the newest of S tokens and each sees all keys up to its own.
-    q [B, H, T, D], k and v [B, H_kv, S, D] -> [B, H, T, D]; each key-value head serves H / H_kv query heads (GQA)."""
-    B, H, T, D, S = *q.shape, k.shape[2]
-    if q.is_mps or q.is_cpu and q.dtype == torch.bfloat16 and S <= 512:
-        # Written out: on such a CPU 3 times as fast as torch's fused kernel, which on MPS aborts or errs.
-        scores = (q * D**-0.5).reshape(B, k.shape[1], -1, D) @ k.transpose(2, 3)  # the heads of a group in one product
-        mask = torch.full((T, S), -torch.inf, dtype=q.dtype, device=q.device).triu(S - T + 1) if T > 1 else 0
-        weights = (scores.view(B, H, T, S) + mask).softmax(-1)
-        return (weights.view(scores.shape) @ v).view(B, H, T, D)
-    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=bool(1 < T == S), enable_gqa=True)
+    """softmax(q k^T / sqrt(D)) v, where each query sees the keys up to its own position.
 
-def plain(projection: nn.Linear, x, which: int):  # how a plain layer applies its projection number `which`: as it is
+    q [B, H, T, D] -> [B, H, T, D]; k and v [B, H_kv, S, D] with S >= T, the T queries being the newest
+    positions. H / H_kv query heads share a key-value head (grouped-query attention).
+    """
+    T, S = q.shape[2], k.shape[2]
+    if not fused_attention_fits(q, keys=S):  # the same result in another form, see fast.py
+        return attend_without_groups(q, k, v)
+    if T == 1:  # one new token sees all keys
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    if T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+
+def apply_projection(projection: nn.Linear, x, name: str):
+    """The default for `project`: apply the projection as it is. x [B, T, in] -> [B, T, out]"""
     return projection(x)
 
+
+class KVCache:
+    """The keys and values of one layer call for the tokens so far, [B, H_kv, T, D] each."""
+
+    def __init__(self):
+        self.keys = None
+        self.values = None
+
+    @property
+    def length(self) -> int:
+        """The number of tokens so far."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def append(self, k, v):
+        """Add the keys and values of new tokens. Returns those of all tokens."""
+        if self.keys is not None:
+            k = torch.cat([self.keys, k], dim=2)
+            v = torch.cat([self.values, v], dim=2)
+        self.keys = k
+        self.values = v
+        return k, v
+
+
 class Attention(nn.Module):
-    """Causal self-attention. [B, T, d] -> [B, T, d]"""
-    def __init__(self, c: Config):
+    """Causal self-attention. x [B, T, d] -> [B, T, d]"""
+
+    def __init__(self, config: Config):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-    def forward(self, x, rotary, cache=None, project=plain):
-        B, T, _ = x.shape
-        q, k, v = project(self.q_proj, x, Q), project(self.k_proj, x, K), project(self.v_proj, x, V)
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))  # [B, H or H_kv, T, D]
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        d, D = config.hidden_size, config.head_dim
+        self.head_dim = D
+        self.q_proj = nn.Linear(d, config.num_attention_heads * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=False)
+
+    def forward(self, x, rotary, cache: KVCache | None = None, project=apply_projection):
+        q = self.split_heads(project(self.q_proj, x, "q_proj"))  # [B, H, T, D]
+        k = self.split_heads(project(self.k_proj, x, "k_proj"))  # [B, H_kv, T, D]
+        v = self.split_heads(project(self.v_proj, x, "v_proj"))  # [B, H_kv, T, D]
+        q = rotate(q, rotary)
+        k = rotate(k, rotary)
         if cache is not None:
-            k, v = cache.append(k, v)
-        return project(self.o_proj, attend(q, k, v).transpose(1, 2).reshape(B, T, -1), O)
+            k, v = cache.append(k, v)  # [B, H_kv, S, D]
+
+        y = attend(q, k, v)  # [B, H, T, D]
+        y = y.transpose(1, 2).flatten(2)  # [B, T, H D]
+        return project(self.o_proj, y, "o_proj")
+
+    def split_heads(self, y):
+        """[B, T, heads * D] -> [B, heads, T, D]"""
+        return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)). [B, T, d] -> [B, T, d]"""
-    def __init__(self, c: Config):
+    """SwiGLU: down(silu(gate(x)) * up(x)). x [B, T, d] -> [B, T, d]"""
+
+    def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-    def forward(self, x, project=plain):
-        inner = F.silu(project(self.gate_proj, x, GATE)) * project(self.up_proj, x, UP)
-        return project(self.down_proj, inner, DOWN)
+        d, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, inner, bias=False)
+        self.up_proj = nn.Linear(d, inner, bias=False)
+        self.down_proj = nn.Linear(inner, d, bias=False)
+
+    def forward(self, x, project=apply_projection):
+        gate = project(self.gate_proj, x, "gate_proj")
+        up = project(self.up_proj, x, "up_proj")
+        return project(self.down_proj, F.silu(gate) * up, "down_proj")
+
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); norm(x) = x / rms(x) * weight. [B, T, d] -> [B, T, d]. rotary: of
-    the T positions; cache: a KVCache, or None; project: (projection, input, number 0..6) -> output, to apply each."""
-    def __init__(self, c: Config):
+    """x + attention(norm(x)), then x + mlp(norm(x)). x [B, T, d] -> [B, T, d]
+
+    rotary: the cosine and sine of the T positions, from rotary_at. cache: the KVCache of this layer call,
+    or None. project(projection, x, name): applies the projection called `name`, one of PROJECTIONS.
+    """
+
+    def __init__(self, config: Config):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
-    def forward(self, x, rotary, cache=None, project=plain):
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)  # x / rms(x) * weight
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotary, cache: KVCache | None = None, project=apply_projection):
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache, project)
         return x + self.mlp(self.post_attention_layernorm(x), project)
 
-class KVCache:
-    """Of a layer call, the keys and values [B, H_kv, T, D] of the tokens so far, how many, the sum of its inputs."""
-    keys, values, length, input_sum = None, None, 0, 0
-    def append(self, k, v):  # tokens; returns all keys and values so far
-        k, v = (torch.cat([old, new], dim=2) if self.length else new for old, new in ((self.keys, k), (self.values, v)))
-        self.keys, self.values, self.length = k, v, k.shape[2]
-        return k, v
+    def projections(self) -> dict[str, nn.Linear]:
+        """name -> projection, in the order of PROJECTIONS."""
+        return {
+            "q_proj": self.self_attn.q_proj,
+            "k_proj": self.self_attn.k_proj,
+            "v_proj": self.self_attn.v_proj,
+            "o_proj": self.self_attn.o_proj,
+            "gate_proj": self.mlp.gate_proj,
+            "up_proj": self.mlp.up_proj,
+            "down_proj": self.mlp.down_proj,
+        }
 
-class HeadLoss(torch.autograd.Function):
-    """Mean cross entropy of hidden states h [N, d] through a frozen head [V, d], targets [N]; -100 does not count.
-    Only a chunk of the logits exists at a time, so forward makes what backward needs while it is there: the gradient of
-    h, (softmax - one-hot) head / count."""
-    @staticmethod
-    def forward(ctx, h, head, targets, chunk=256):
-        valid, loss, grad = targets != -100, promote(h.new_zeros(())), torch.empty_like(h)
-        share = valid.to(loss) / valid.sum()  # of each target in the mean
-        for part in (slice(i, i + chunk) for i in range(0, len(h), chunk)):
-            log_p = promote(F.linear(h[part], head)).log_softmax(-1)  # [chunk, V]
-            target = targets[part, None].clamp(min=0)
-            picked = log_p.gather(1, target)
-            loss -= share[part] @ picked.squeeze(1)
-            if ctx.needs_input_grad[0]:
-                log_p.exp_().scatter_(1, target, picked.expm1())  # softmax - one-hot
-                torch.mm(log_p.to(h.dtype), head, out=grad[part])
-            del log_p  # before the next chunk needs the memory
-        ctx.save_for_backward(grad, share)
-        return loss
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad, share = ctx.saved_tensors
-        return (grad * (share * grad_loss)[:, None]).to(grad.dtype), None, None, None
+
+# ---- The model -------------------------------------------------------------------------------------------
+
 
 class LanguageModel(nn.Module):
-    """What the plain and the looped model share: from hidden(ids, cache=None, **how) to logits, the loss and text.
-    cache: a defaultdict(KVCache) whose keys number the layer calls of a forward; ids are the tokens that follow it.
-    lm_head is None where the head is tied to the embedding."""
-    cacheable = True
-    def start(self, ids, cache=None):
-        """The rotary tables of ids [B, T], which follow what is in the cache, and the caches for the layer calls."""
-        first, caches = (0, repeat(None)) if cache is None else (cache[0].length, map(cache.__getitem__, count()))
-        tables = rotary_tables(self.config, 1 << (first + ids.shape[1] - 1).bit_length(), ids.device)  # few lengths
-        return [table[first : first + ids.shape[1]] for table in tables], caches
+    """What the plain and the looped model share: from hidden states to logits, to the loss and to text.
+
+    A subclass has config, embed_tokens and lm_head (None where the head is tied to the embedding), and
+    defines
+        hidden(ids, cache=None, **options): ids [B, T] -> normalised last hidden states [B, T, d]
+        new_cache(**options): an empty cache for hidden, or None if the model cannot use one
+    """
+
     @property
-    def head(self):  # [V, d]
-        return (self.lm_head or self.embed_tokens).weight
-    def forward(self, ids, **how):  # ids [B, T] int64 -> logits [B, T, V]
-        return F.linear(self.hidden(ids, **how), self.head)
-    def loss(self, ids, targets, **how):
-        """Mean cross entropy, in nats, of targets [B, T] already aligned with ids [B, T]; -100 does not count."""
-        assert not (torch.is_grad_enabled() and self.head.requires_grad), "freeze the head: it gets no gradient here"
-        return HeadLoss.apply(self.hidden(ids, **how).flatten(0, 1), self.head, targets.flatten())
+    def head(self):
+        """The weight of the language-model head, [V, d]."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, ids, **options):
+        """ids [B, T] int64 -> logits [B, T, V]"""
+        return F.linear(self.hidden(ids, **options), self.head)
+
+    def loss(self, ids, targets, **options):
+        """The mean cross entropy, in nats, of targets [B, T], which are already aligned with ids [B, T].
+
+        A target of -100 does not count. The same as F.cross_entropy on the logits, in less memory
+        (fast.py).
+        """
+        h = self.hidden(ids, **options)
+        return head_cross_entropy(h.flatten(0, 1), self.head, targets.flatten())
+
     @torch.no_grad()
-    def generate(self, ids, max_new_tokens=32, temperature=0.0, **how):
-        """Continue prompts of one length: ids [B, T] -> [B, T + n], n <= max_new_tokens; the likeliest token at
-        temperature 0, else sampled. Stops when all have met one of the config's end tokens; who met it is filled up."""
-        cache, new = defaultdict(KVCache) if self.cacheable else None, ids
-        ends, pad = torch.tensor(self.config.eos_token_id, device=ids.device), (*self.config.eos_token_id, 0)[0]
+    def generate(self, ids, max_new_tokens=32, temperature=0.0, **options):
+        """Continue prompts of one length: ids [B, T] -> [B, T + n] with n <= max_new_tokens.
+
+        Takes the likeliest token at temperature 0 and samples otherwise. Stops when every text has met an
+        end token of the config; a text that met one earlier is filled up with the first end token.
+        """
+        ends = torch.tensor(self.config.eos_token_id, device=ids.device)
+        filler = self.config.eos_token_id[0] if self.config.eos_token_id else 0
         done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+
+        cache = self.new_cache(**options)
+        new = ids  # the tokens that the model has not seen yet
         for _ in range(max_new_tokens):
-            logits = promote(F.linear(self.hidden(new, cache=cache, **how)[:, -1], self.head))  # [B, V]
-            likeliest = logits.argmax(-1, keepdim=True)
-            new = torch.multinomial((logits / temperature).softmax(-1), 1) if temperature > 0 else likeliest
-            new = torch.where(done, pad, new)
-            done |= torch.isin(new, ends)
+            h = self.hidden(new, cache=cache, **options)
+            logits = promote(F.linear(h[:, -1], self.head))  # [B, V]
+            if temperature > 0:
+                new = torch.multinomial((logits / temperature).softmax(-1), num_samples=1)  # [B, 1]
+            else:
+                new = logits.argmax(-1, keepdim=True)
+
+            new = torch.where(done, filler, new)
+            done = done | torch.isin(new, ends)
             ids = torch.cat([ids, new], dim=1)
             if done.all():
                 break
-            new = ids if cache is None else new  # without a cache the model sees everything again
+            if cache is None:
+                new = ids  # without a cache, the model reads everything again
         return ids
 
+
 class Qwen(LanguageModel):
-    """The Qwen2.5 decoder, its modules named as in a Hub checkpoint: ids [B, T] -> logits [B, T, V]."""
-    def __init__(self, c: Config):
+    """The Qwen2.5 decoder:
+
+    ids [B, T] -> logits [B, T, V]. Its modules have the names of a Hub checkpoint.
+    """
+
+    def __init__(self, config: Config):
         super().__init__()
-        self.config, self.source = c, None
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
-        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-    def hidden(self, ids, cache=None):  # ids [B, T] -> normalised last hidden state [B, T, d]
-        rotary, caches = self.start(ids, cache)
-        x = self.embed_tokens(ids)
-        for layer in self.layers:
-            x = layer(x, rotary, next(caches))
+        self.config = config
+        self.source = None  # the folder or Hub name that the weights came from
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def new_cache(self) -> list[KVCache]:
+        return [KVCache() for _ in self.layers]
+
+    def hidden(self, ids, cache: list[KVCache] | None = None):
+        """ids [B, T] -> normalised last hidden states [B, T, d].
+
+        With a cache, ids follow the tokens in it.
+        """
+        first = cache[0].length if cache else 0
+        rotary = rotary_at(self.config, first, ids.shape[1], ids.device)
+
+        x = self.embed_tokens(ids)  # [B, T, d]
+        for layer, kv in zip(self.layers, cache or [None] * len(self.layers)):
+            x = layer(x, rotary, kv)
         return self.norm(x)
+
     @classmethod
     def from_pretrained(cls, folder_or_repo, dtype=torch.float32, device="cpu", layers=None) -> "Qwen":
-        """Load config.json and the safetensors weights of a folder, of a Hub repository or of the built-in "tiny".
-        layers: the only ones to load (default: all). UserError for a checkpoint it cannot run, or a damaged one."""
-        name, config = str(folder_or_repo), Config.from_json(locate(folder_or_repo, "config.json"))
-        unwanted = {*range(config.num_hidden_layers)}.difference(layers or range(config.num_hidden_layers))
-        tensors, tied = {}, config.tie_word_embeddings
-        for path in weight_files(folder_or_repo):
-            with handling(path, "read as a whole safetensors file"), safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    ours = key.removeprefix("model.")
-                    layer = re.match(r"layers\.(\d+)\.", ours)
-                    surplus = ours.endswith("rotary_emb.inv_freq") or ours == "lm_head.weight" and tied
-                    if not surplus and not (layer and int(layer[1]) in unwanted):
-                        tensors[ours] = file.get_tensor(key).to(device, dtype, copy=True)  # it was mapped from the file
-        with handling(name, "read as weights of the shapes in its config.json"):
-            with torch.device("meta"):  # laid out without memory; the tensors loaded take the places
-                biases = any(key.endswith("q_proj.bias") for key in tensors)
-                model = cls(config._replace(attention_bias=biases)).requires_grad_(False).eval()
-                for i in unwanted:
-                    model.layers[i] = nn.Identity()
-            model.load_state_dict(tensors, assign=True)
-        model.source = str(Path(name).resolve()) if Path(name).is_dir() and name not in BUILT_IN else name
-        return model
+        """Load the weights of a folder, of a Hub repository or of the built-in "tiny", frozen.
 
-# ---- Files, from a folder or from the Hub ----------------------------------------------------------------------------
-def locate(folder_or_repo, filename: str, repo_type="model", required=True) -> Path | None:
-    """The path of a file of a folder, of the built-in model or of a Hub repository; None if absent and not required."""
-    name = str(folder_or_repo)
-    folder = BUILT_IN.get(name, Path(name))
-    if folder.is_dir():
-        if (folder / filename).is_file():
-            return folder / filename
-        problem = f"{folder / filename}: no such file; a model has config.json, model.safetensors and tokenizer.json"
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{name}: no such folder; give one, a Hub name such as Qwen/Qwen2.5-0.5B, or tiny")
-    else:
-        try:
-            return Path(hf_hub_download(name, filename, repo_type=repo_type))
-        except RepositoryNotFoundError:
-            problem = f"{name}: no folder here and no {repo_type} on the Hub that you may read; check the name, log in"
-        except LocalEntryNotFoundError:  # the network, not the repository: a kind of EntryNotFoundError all the same
-            problem = f"{name}: the Hub cannot be reached and {filename} is not in the cache; try again when online"
-        except EntryNotFoundError:
-            problem = f"{name}: this Hub repository has no {filename}"
-        except Exception as error:  # whatever broke in the Hub's client, which has tried again by itself
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            required, problem = True, f"{name}: {filename} could not be downloaded ({reason}); run the command again"
-    if required:
-        raise UserError(problem)
+        layers: the numbers of the layers to load (default: all); a NotLoaded takes the place of the others.
+        Raises UserError for a checkpoint that this decoder cannot run, and for a damaged one.
+        """
+        config = Config.from_pretrained(folder_or_repo)
+        if layers is None:
+            layers = range(config.num_hidden_layers)
 
-def weight_files(folder_or_repo) -> list[Path]:
-    """The files of the weights: model.safetensors, or what model.safetensors.index.json names."""
-    index = locate(folder_or_repo, "model.safetensors.index.json", required=False)
-    if index is None:
-        return [locate(folder_or_repo, "model.safetensors")]
-    with handling(index, "read as an index of safetensors files beside it"):
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        if not all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names):
-            raise ValueError(f"it names {names}")
-    return [locate(folder_or_repo, name) for name in names]
+        def needed(name: str) -> bool:
+            if name.endswith("rotary_emb.inv_freq"):  # a constant that older checkpoints store
+                return False
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                return False
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            return layer is None or int(layer[1]) in layers or int(layer[1]) >= config.num_hidden_layers
 
-@contextmanager
-def handling(path, aim: str, advice="check the name or get it again"):
-    """Turn whatever goes wrong with a file into one line that names it. aim: what is done to it, "read as ..."."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (UserError, MemoryError)) or isinstance(error, RuntimeError) and "memory" in str(error):
-            raise
-        reason = f"cannot be {aim} ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-        reason = "no such file" if isinstance(error, FileNotFoundError) else reason
-        raise UserError(f"{path}: {reason}; {advice}") from None
+        tensors = {}
+        for name, tensor in read_tensors(folder_or_repo, needed, dtype, device).items():
+            tensors[name.removeprefix("model.")] = tensor
 
-def read_json(path: Path) -> dict:
-    with handling(path, "read as a JSON object"):
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")).items())
+        biases = any(name.endswith("q_proj.bias") for name in tensors)
+        with torch.device("meta"):  # shapes without memory: the loaded tensors take the places
+            model = cls(replace(config, attention_bias=biases))
+            for i in range(config.num_hidden_layers):
+                if i not in layers:
+                    model.layers[i] = NotLoaded()
+        check_fit(folder_or_repo, model.state_dict(), tensors)
+        model.requires_grad_(False)
+        model.load_state_dict(tensors, assign=True)
+        model.source = full_name(folder_or_repo)
+        return model.eval()
 
-def load_tokenizer(folder_or_repo, vocab_size=math.inf) -> Tokenizer:
-    """The tokenizer.json of a folder, a Hub repository or the built-in model, for a model of so many tokens."""
-    path = locate(folder_or_repo, "tokenizer.json")
-    with handling(path, "read as a tokenizer"):
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_truncation()  # which some checkpoints store
-        tokenizer.no_padding()
-        if max(tokenizer.get_vocab().values()) >= vocab_size:
-            raise ValueError(f"it has tokens beyond the {vocab_size} of the model")
-        return tokenizer
 
-def replace_file(path: Path, write):
-    """Call write(temporary path) and rename: a reader of `path` finds the old file or the new one, never half a one."""
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
-    with handling(path, "written", "make room or name another folder"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(part)
-            with open(part, "r+b") as file:
-                os.fsync(file.fileno())  # else a power cut may keep the new name and lose what it names
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-# ---- What the programs share -----------------------------------------------------------------------------------------
-def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors: mapping and clearing it again takes up to half of a step's time."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
-
-def pick_device(name: str, dtype="auto"):
-    """(device, type of the frozen weights) for --device auto, cuda, mps or cpu and --dtype auto, float32 or bfloat16.
-    auto is bfloat16 where the hardware multiplies it natively: CUDA since Ampere, a CPU that says so (Linux)."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    name = there[0] if name == "auto" else name
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # torchrun: one for each process
-    with handling(f"--device {name}", "used", f"this machine and this build of torch have {', '.join(there)}"):
-        device = torch.empty(0, device=name if name.split(":")[0] in there else "none").device
-    cpu = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and sys.platform == "linux" else ""
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
-        re.search("avx512_bf16|amx_bf16", cpu))
-    return device, getattr(torch, ("bfloat16" if native else "float32") if dtype == "auto" else dtype)
-
-def exit_on_user_error(main):
-    """Run a program; what its user can mend is one line on stderr and exit code 2, not a traceback."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch's "out of memory" is a RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        advice = "try a smaller --batch-size, --seq-len or --depth, or --activation-checkpointing: "
-        print("error:", advice * isinstance(error, RuntimeError) + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+class NotLoaded(nn.Module):
+    """In the place of a layer that was not asked for."""

@@ -1,0 +1,127 @@
+"""Checkpoints: one safetensors file each, written whole or not at all, verified when read.
+
+A file holds tensors and `about`, a JSON object. Its header stores the SHA-256 of both. A run's folder
+holds one folder per checkpoint, step-0000100 for example; the newest two are kept.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from files import UserError, explaining, replace_file
+
+FILE_NAME = "ouroboros.safetensors"
+FORMAT = 2  # changes when the names in a checkpoint change
+STEP_FOLDER = "step-" + 7 * "[0-9]"  # a pattern for glob
+
+
+def checksum(tensors: dict, about: str) -> str:
+    """The SHA-256 of names, types, shapes and values of the tensors, and of `about`, in hexadecimal."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fingerprint(tensors: dict) -> str:
+    """A short hash of about 1,024 values of each tensor, whatever type and device they are held in."""
+    samples = {}
+    for name, tensor in tensors.items():
+        values = tensor.detach().flatten()
+        stride = max(1, len(values) // 1024)
+        samples[name] = values[::stride].bfloat16()
+    return checksum(samples, "")[:16]
+
+
+def write_checkpoint(folder, tensors: dict, about: dict):
+    """Write tensors and a JSON object to folder/ouroboros.safetensors.
+
+    Raises UserError if the disk does not take it.
+    """
+    text = json.dumps({"format": FORMAT, **about})
+    metadata = {"about": text, "sha256": checksum(tensors, text)}
+    replace_file(Path(folder) / FILE_NAME, lambda part: save_file(tensors, part, metadata))
+
+
+def read_checkpoint(folder) -> tuple[dict, dict]:
+    """The (tensors, about) of a checkpoint's folder or, for a run's folder, of its newest whole checkpoint.
+
+    A damaged checkpoint is named on stderr and the one before it is read. Raises UserError if none is
+    whole.
+    """
+    candidates = sorted(Path(folder).glob(STEP_FOLDER), reverse=True)
+    if not candidates:
+        candidates = [Path(folder)]
+
+    for candidate in candidates[:-1]:
+        try:
+            return read_one_checkpoint(candidate / FILE_NAME)
+        except UserError as error:
+            print(f"{error}; the checkpoint before it is read instead", file=sys.stderr)
+    return read_one_checkpoint(candidates[-1] / FILE_NAME)
+
+
+def read_one_checkpoint(path: Path) -> tuple[dict, dict]:
+    """The (tensors, about) of one file. Raises UserError if it is damaged or of another format."""
+    with (
+        explaining(path, "read as a whole checkpoint", "bring back a copy"),
+        safe_open(path, "pt") as file,
+    ):
+        metadata = file.metadata()
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+            tensors[name] = file.get_tensor(name).clone()  # get_tensor maps the file, which may be replaced
+        if checksum(tensors, metadata["about"]) != metadata["sha256"]:
+            raise ValueError("its checksum does not fit")
+        about = json.loads(metadata["about"])
+
+    if about.get("format") != FORMAT:
+        raise UserError(f"{path}: was saved by another version of this program; open it with that version")
+    return tensors, about
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """The folder of a run's checkpoint after so many steps."""
+    return run / f"step-{step:07}"
+
+
+def prune_checkpoints(run: Path, newest: int):
+    """Keep the checkpoint of step `newest` and the one before it; remove all others of the run.
+
+    Checkpoints of later steps are left from before the run was resumed at an earlier one.
+    """
+    folders = sorted(run.glob(STEP_FOLDER))
+    up_to_newest = [folder for folder in folders if folder <= step_folder(run, newest)]
+    for folder in folders:
+        if folder not in up_to_newest[-2:]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---- The optimizer ---------------------------------------------------------------------------------------
+
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")  # torch's names of what AdamW keeps for each parameter
+
+
+def optimizer_tensors(optimizer, parameters: dict) -> dict[str, torch.Tensor]:
+    """AdamW's state for the named parameters, as tensors of a checkpoint: exp_avg/NAME and so on."""
+    tensors = {}
+    for name, p in parameters.items():
+        for key, tensor in optimizer.state[p].items():
+            tensors[f"{key}/{name}"] = tensor
+    return tensors
+
+
+def restore_optimizer(optimizer, parameters: dict, tensors: dict):
+    """Put the state that optimizer_tensors returned back into AdamW."""
+    state = {}
+    for i, name in enumerate(parameters):
+        if f"step/{name}" in tensors:  # the checkpoint of step 0 has none
+            state[i] = {key: tensors[f"{key}/{name}"] for key in ADAM_STATE}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

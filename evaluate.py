@@ -1,0 +1,76 @@
+"""Losses on fixed samples of text:
+
+of the model, of the full model it was cut from, and of the cut model.
+"""
+
+import json
+
+import torch
+
+from data import Batches
+from files import cache_folder, explaining, read_json, replace_file
+from ouroboros import Ouroboros
+from qwen import Qwen
+
+EVALUATION_SEED = 2**32  # evaluation reads the text in an order of its own, which no --seed gives
+
+
+@torch.no_grad()
+def evaluate(loss_of, batches: Batches, sequences: int, batch_size: int, device) -> float:
+    """The mean cross entropy, in nats per target, over the first `sequences` sequences of `batches`.
+
+    loss_of(ids, targets) returns the mean over a batch.
+    """
+    total = torch.zeros((), device=device)
+    for first in range(0, sequences, batch_size):
+        size = min(batch_size, sequences - first)
+        ids, targets = batches.batch(first, size, device)
+        total += loss_of(ids, targets) * size
+    return total.item() / sequences
+
+
+def evaluate_columns(loss_of, columns: dict[str, Batches], args, device) -> dict[str, float]:
+    """{column: loss} for each column of the results table."""
+    losses = {}
+    for column, batches in columns.items():
+        losses[column] = evaluate(loss_of, batches, args.eval_sequences, args.batch_size, device)
+    return losses
+
+
+def evaluate_baselines(
+    model: Ouroboros, qwen: Qwen | None, columns: dict[str, Batches], args, device
+) -> dict:
+    """{"full": {column: loss}, "cut": {column: loss}}, measured once for a model, a text and a setting,
+    then kept.
+
+    qwen: the full model; None if it is not loaded, then it is loaded here if its losses are not in the
+    cache.
+    """
+    dtype = model.norm.weight.dtype
+    key = [model.base_fingerprint(), *(batches.folder.name for batches in columns.values())]
+    key += [args.seq_len, args.eval_sequences, device.type, dtype]
+    path = cache_folder() / "baselines" / f"{'-'.join(map(str, key))}.json"
+
+    if not path.exists():
+        print("evaluating the full and the cut model, once for this model and text", flush=True)
+        if qwen is None:
+            qwen = Qwen.from_pretrained(model.source, dtype, device)
+        losses = {
+            "full": evaluate_columns(qwen.loss, columns, args, device),
+            "cut": evaluate_columns(model.cut.loss, columns, args, device),
+        }
+        replace_file(path, lambda part: part.write_text(json.dumps(losses)))
+
+    with explaining(path, "read as losses", "delete it, it is then made anew"):
+        losses = read_json(path)
+        return {"full": losses["full"], "cut": losses["cut"]}
+
+
+def gap_recovered(results: dict, column: str) -> float:
+    """The share of the loss between the cut and the full model that training has recovered:
+
+    1 is the full model.
+    """
+    full = results["full"][column]
+    cut = results["cut"][column]
+    return (cut - results["ouroboros"][column]) / (cut - full)

@@ -1,0 +1,400 @@
+"""The options of train.py:
+
+what each does, its default for the model and device at hand, the paper's value.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from checkpoint import STEP_FOLDER, read_checkpoint
+from data import BUILT_IN_SOURCES
+from device import pick_device
+from evaluate import EVALUATION_SEED
+from files import UserError
+from hub import BUILT_IN
+
+# Defaults by model and device. "cuda" is the paper's recipe at 1,000 of its 18,750 steps.
+PRESETS = {
+    "tiny": dict(
+        steps=1000,
+        seq_len=256,
+        batch_size=4,
+        accumulation=1,
+        lr=2e-3,
+        norm_lr_scale=50.0,
+        warmup=20,
+        eval_sequences=64,
+    ),
+    "cpu": dict(
+        steps=60,
+        seq_len=256,
+        batch_size=4,
+        accumulation=1,
+        lr=1e-3,
+        norm_lr_scale=50.0,
+        warmup=6,
+        eval_sequences=16,
+    ),
+    "cuda": dict(
+        steps=1000,
+        seq_len=2048,
+        batch_size=2,
+        accumulation=16,
+        lr=3e-4,
+        norm_lr_scale=1.0,
+        warmup=50,
+        eval_sequences=32,
+    ),
+}
+
+# What may change when a run is resumed. All else would make it another run.
+MAY_CHANGE = {
+    "resume",
+    "eval",
+    "device",
+    "compile",
+    "activation_checkpointing",
+    "steps",
+    "lr",
+    "batch_size",
+    "accumulation",
+    "eval_every",
+    "eval_sequences",
+    "save_every",
+}
+
+# ---- The options -----------------------------------------------------------------------------------------
+
+
+def build_parser(defaults: dict) -> argparse.ArgumentParser:
+    """The parser of train.py's command line with these defaults, which --help shows."""
+    parser = argparse.ArgumentParser(
+        description="Train the looped model of arXiv 2604.02051. The defaults below are those for "
+        f"--model {defaults.get('model')} on this machine.",
+        usage=argparse.SUPPRESS,
+    )
+
+    def option(group, name, sentence, default=None, paper=None, **details):
+        """Add an option whose help is the sentence, the default and the paper's value."""
+        value = defaults.get(name.removeprefix("--").replace("-", "_"))
+        if value is not None:
+            default = f"{value:,}" if isinstance(value, int) else f"{value}"
+        if default is not None:
+            sentence += f" Default: {default}."
+        if paper is not None:
+            sentence += f" Paper: {paper}."
+        group.add_argument(name, help=sentence.replace("%", "%%"), **details)
+
+    def switch(group, name, sentence, **details):
+        """Add an option without a value."""
+        group.add_argument(name, help=sentence, **details)
+
+    model = parser.add_argument_group("what is trained")
+    option(model, "--depth", "The number of steps of the loop.", paper="1, 4, 8 and 16", type=int)
+    option(model, "--rank", "The rank of the SVD LoRA.", paper="32", type=int)
+    option(
+        model,
+        "--modulation",
+        "What gives the diagonals of the SVD LoRA: the Controller, a table that is the same for every input "
+        "(static), or nothing (none).",
+        paper="controller, with static as its baseline",
+        choices=("controller", "static", "none"),
+    )
+    option(
+        model,
+        "--pool",
+        "The mean state that the Controller sees: of the prefix, or of the whole sequence with its future.",
+        paper="sequence",
+        choices=("prefix", "sequence"),
+    )
+    switch(
+        model, "--no-gate", "Remove the gate, so that h_new replaces h.", dest="gate", action="store_false"
+    )
+    switch(
+        model,
+        "--no-step-norm",
+        "Remove the RMSNorm of each step.",
+        dest="step_norm",
+        action="store_false",
+    )
+    switch(
+        model,
+        "--patch",
+        "Go past the paper (patch.py): train a matrix at each seam of the cut, and an opening of the loop "
+        "in the place of gate and step norm. This changes the defaults of --depth, --modulation, "
+        "--train-coda and --lr.",
+        action="store_true",
+    )
+    option(
+        model,
+        "--train-coda",
+        "What is trained of the kept layers (patch.py): nothing, the norms of the coda, these and a LoRA "
+        "on the coda (lora), or norms and a LoRA on every kept layer (all).",
+        paper="none",
+        choices=("none", "norms", "lora", "all"),
+    )
+    option(
+        model,
+        "--prelude",
+        "The number of layers kept at the start.",
+        default="8/36 of all layers",
+        paper="8 of 36",
+        type=int,
+    )
+    option(
+        model,
+        "--recurrent",
+        "The number of the looped layer, counted from 0.",
+        default="half of the number of layers",
+        paper="18 of 36",
+        type=int,
+    )
+    option(
+        model,
+        "--coda",
+        "The number of layers kept at the end.",
+        default="8/36 of all layers",
+        paper="8 of 36",
+        type=int,
+    )
+
+    task = parser.add_argument_group("on what it is trained")
+    option(
+        task,
+        "--model",
+        "The folder or Hub name of a Qwen2.5 checkpoint, or tiny, which comes with this program.",
+        paper="Qwen/Qwen2.5-3B",
+    )
+    option(
+        task,
+        "--data",
+        "The text: a .txt, .jsonl or .jsonl.gz file, a folder of them, fineweb-edu (from the Hub), or python "
+        "(the Python source code on this machine).",
+        paper="fineweb-edu",
+    )
+    option(
+        task,
+        "--target-offset",
+        "How many tokens ahead the target lies: 1 is the next token, 2 the token after it.",
+        paper="2",
+        type=int,
+        choices=(1, 2),
+    )
+
+    recipe = parser.add_argument_group("how it is trained")
+    option(recipe, "--steps", "The number of optimizer steps.", paper="18,750", type=int)
+    option(recipe, "--seq-len", "The number of tokens in a sequence.", paper="2,048", type=int)
+    option(recipe, "--batch-size", "The number of sequences in one forward pass.", paper="2", type=int)
+    option(
+        recipe,
+        "--accumulation",
+        "The number of forward passes whose gradients make one optimizer step.",
+        paper="16",
+        type=int,
+    )
+    option(
+        recipe,
+        "--lr",
+        "The learning rate after the warm-up; a cosine then takes it to zero.",
+        paper="3e-4",
+        type=float,
+    )
+    option(
+        recipe,
+        "--norm-lr-scale",
+        "The learning rate of the step norm as a multiple of --lr. The step norm starts at 1, while the "
+        "state is often several times larger, and AdamW moves a weight by at most the rate in a step.",
+        paper="1",
+        type=float,
+    )
+    option(
+        recipe,
+        "--warmup",
+        "The number of steps over which the learning rate rises, at most half of all steps.",
+        type=int,
+    )
+    option(recipe, "--seed", "Decides the first weights and the order of the text.", type=int)
+
+    machine = parser.add_argument_group("where, and how often")
+    option(
+        machine,
+        "--device",
+        "cuda, mps or cpu. auto is the first of these that this machine has.",
+    )
+    option(
+        machine,
+        "--dtype",
+        "The number type of the frozen weights. auto is bfloat16 where the hardware multiplies it natively.",
+        paper="bfloat16",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    option(
+        machine,
+        "--compile",
+        "Whether torch.compile makes the layers faster. auto compiles on CUDA.",
+        choices=("auto", "on", "off"),
+    )
+    switch(
+        machine,
+        "--activation-checkpointing",
+        "Compute activations again in the backward pass instead of keeping them: less memory, more time.",
+        action=argparse.BooleanOptionalAction,
+    )
+    option(
+        machine,
+        "--out",
+        "The folder of the run.",
+        default="runs/MODEL-depthD-rankR, with a number if that is taken",
+        type=Path,
+    )
+    option(machine, "--eval-every", "The number of steps between two held-out losses.", type=int)
+    option(machine, "--eval-sequences", "The number of sequences in each evaluation.", type=int)
+    option(machine, "--save-every", "The number of steps between two checkpoints.", type=int)
+
+    instead = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
+    instead.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="Continue a run that was stopped, with its own options. --steps, --lr, the intervals and what "
+        "concerns the machine may change.",
+    )
+    instead.add_argument(
+        "--eval",
+        type=Path,
+        metavar="RUN",
+        help="Only evaluate a run, on its own text or on the text of --data.",
+    )
+    parser.set_defaults(**defaults)
+    return parser
+
+
+# ---- Their defaults --------------------------------------------------------------------------------------
+
+
+def parse_options(arguments: list[str] | None = None):
+    """(options, checkpoint) for a command line, by default the program's own; checkpoint is None for a
+    new run.
+
+    Raises UserError, or exits with code 2 as argparse does, for options that make no sense.
+    """
+    if arguments is None:
+        arguments = sys.argv[1:]
+    without_help = [argument for argument in arguments if argument not in ("-h", "--help")]
+    given = build_parser({}).parse_args(without_help)  # None for what is not given
+
+    if given.resume or given.eval:
+        return resumed_run_options(arguments, given)
+    return new_run_options(arguments, given), None
+
+
+def new_run_options(arguments: list[str], given) -> argparse.Namespace:
+    """The options of a new run, where the defaults suit the model and the device."""
+    options = build_parser(new_run_defaults(given)).parse_args(arguments)
+    check_numbers(options)
+    make_paths_absolute(options)
+    options.warmup = min(options.warmup, max(1, options.steps // 2))
+    if options.out and holds_files(options.out):
+        raise UserError(
+            f"{options.out}: is there already, and nothing saved is overwritten; choose another --out"
+        )
+    return options
+
+
+def new_run_defaults(given) -> dict:
+    """The default of each option of a new run, by the options that are given."""
+    on_cuda = pick_device(given.device or "auto").type == "cuda"
+    model = given.model or ("Qwen/Qwen2.5-3B" if on_cuda else "tiny")
+    if model == "tiny":
+        preset = PRESETS["tiny"]
+    else:
+        preset = PRESETS["cuda" if on_cuda else "cpu"]
+
+    defaults = dict(
+        preset,
+        depth=8,
+        rank=32,
+        modulation="controller",
+        pool="prefix",
+        train_coda="none",
+        model=model,
+        data="fineweb-edu" if on_cuda else "python",
+        target_offset=1,
+        seed=0,
+        device="auto",
+        dtype="auto",
+        compile="auto",
+        activation_checkpointing=False,
+        save_every=100,
+    )
+    steps = given.steps or preset["steps"]
+    defaults["eval_every"] = max(1, steps // 5)
+    if given.patch:  # what did best on held-out text
+        defaults.update(depth=1, modulation="none", train_coda="all", lr=3 * preset["lr"])
+    return defaults
+
+
+def resumed_run_options(arguments: list[str], given):
+    """(options, checkpoint) of a saved run: its own options, and what the command line changes."""
+    folder = given.resume or given.eval
+    checkpoint = read_checkpoint(folder)
+    _, about = checkpoint
+    if "options" not in about:
+        raise UserError(f"{folder}: was not saved by train.py, which alone can resume or evaluate its runs")
+
+    run = folder.parent if folder.match(STEP_FOLDER) else folder  # RUN/step-0000100 is a checkpoint of RUN
+    saved = dict(about["options"], out=run)
+    options = build_parser(saved).parse_args(arguments)
+    check_numbers(options)
+    make_paths_absolute(options)
+    check_unchanged(saved, options)
+
+    step = about["step"]
+    sequences = saved["batch_size"] * saved["accumulation"]
+    if options.steps < step or (options.resume and options.batch_size * options.accumulation != sequences):
+        raise UserError(
+            f"{run}: --steps must be {step} or more, --batch-size times --accumulation stay {sequences}"
+        )
+    return options, checkpoint
+
+
+# ---- What is refused -------------------------------------------------------------------------------------
+
+
+def check_unchanged(saved: dict, options):
+    """Raise UserError if an option differs from the saved one that cannot change in a resumed run."""
+    may_change = set(MAY_CHANGE)
+    if options.eval:
+        may_change.add("data")
+    for name, value in vars(options).items():
+        if name not in may_change and value != saved[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} cannot change: {saved['out']} began with {saved[name]}"
+            )
+
+
+def check_numbers(options):
+    """Raise UserError for a number that is not above zero (a seed may be zero) or is too large."""
+    for name, value in vars(options).items():
+        if type(value) not in (int, float):  # in Python, True is an int too
+            continue
+        zero_allowed = name == "seed"
+        if not (0 < value < EVALUATION_SEED or (zero_allowed and value == 0)):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: give a number above 0 and below {EVALUATION_SEED:,}"
+            )
+
+
+def make_paths_absolute(options):
+    """Let --model and --data be found again from any current folder."""
+    if options.model not in BUILT_IN and Path(options.model).exists():
+        options.model = str(Path(options.model).resolve())
+    if options.data not in BUILT_IN_SOURCES and Path(options.data).exists():
+        options.data = str(Path(options.data).resolve())
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether a path is a file or a folder with files in it, half-written ones left out."""
+    paths = [folder, *folder.rglob("*")]
+    return any(path.is_file() and ".part" not in path.suffixes for path in paths)

@@ -1,0 +1,96 @@
+"""Training by several processes, and by processes that are told to stop.
+
+torchrun starts the processes and sets the environment variables; without it there is one process. Each
+takes its share of the sequences of a step. The gradients are summed, so the step is the same however many
+there are.
+"""
+
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from files import UserError
+
+UNDER_TORCHRUN = "MASTER_ADDR" in os.environ
+RANK = int(os.environ.get("RANK", 0)) if UNDER_TORCHRUN else 0
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if UNDER_TORCHRUN else 1
+
+
+def join_processes(device: torch.device, sequences_per_step: int):
+    """Connect to the other processes. Only the first one keeps its standard output.
+
+    Raises UserError if a step has fewer sequences than there are processes.
+    """
+    if WORLD_SIZE == 1:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=3))
+    if RANK > 0:
+        sys.stdout = None
+    if sequences_per_step < WORLD_SIZE:
+        raise UserError(f"a step has fewer sequences than the {WORLD_SIZE} processes; raise --accumulation")
+
+
+def share_of(sequences_per_step: int) -> range:
+    """The numbers of the sequences of a step that this process takes."""
+    first = sequences_per_step * RANK // WORLD_SIZE
+    end = sequences_per_step * (RANK + 1) // WORLD_SIZE
+    return range(first, end)
+
+
+def sum_over_processes(parameters, *numbers) -> list[float]:
+    """The sums of these numbers over all processes. The gradients of the parameters are summed in place.
+
+    One all_reduce of one flat vector. Raises UserError if another process has ended.
+    """
+    if WORLD_SIZE > 1:
+        tensors = [p.grad for p in parameters]
+        numbers = tensors[0].new_tensor(numbers)
+        tensors.append(numbers)
+        vector = parameters_to_vector(tensors)
+        try:
+            dist.all_reduce(vector)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"another process has ended ({reason}); --resume continues the run") from error
+        vector_to_parameters(vector, tensors)
+    return [float(number) for number in numbers]
+
+
+def broadcast_from_first(tensors):
+    """Give all processes the tensors of the first one, bit for bit, in place."""
+    if WORLD_SIZE > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.view(torch.uint8), 0)
+
+
+class StopSignals:
+    """A context in which SIGINT (Ctrl-C) and SIGTERM are noted, so that training can end with a whole step.
+
+    A second Ctrl-C ends the program at once; but torchrun sends each signal twice, so not under torchrun.
+    """
+
+    HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self):
+        self.received = []  # the numbers of the signals so far
+        self.previous = {}
+        for number in self.HANDLED:
+            self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame):
+        if self.received and number == signal.SIGINT and WORLD_SIZE == 1:
+            sys.exit(128 + number)
+        self.received.append(number)
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,106 @@
+"""What train.py tells before and after training: sizes, times, the results table, a sample of text."""
+
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+
+from evaluate import gap_recovered
+from files import explaining, read_json
+from hub import BUILT_IN, locate
+from ouroboros import Ouroboros
+
+# ---- Before training -------------------------------------------------------------------------------------
+
+
+def announce_download(args):
+    """Print what is fetched from the Hub, and the room on the disk."""
+    gigabytes = 0.0
+    if args.model not in BUILT_IN and not Path(args.model).is_dir():
+        gigabytes += checkpoint_gigabytes(args.model)
+    if args.data == "fineweb-edu":
+        tokens = args.steps * args.accumulation * args.batch_size * args.seq_len
+        shards = 1 + math.ceil(tokens / 1e8)  # one of them held out
+        gigabytes += 0.2 * shards
+    if gigabytes == 0:
+        return
+
+    hub_cache = Path(constants.HF_HUB_CACHE)
+    while not hub_cache.exists():
+        hub_cache = hub_cache.parent
+    free = shutil.disk_usage(hub_cache).free / 1e9
+    print(
+        f"about {gigabytes:.1f} GB are fetched from the Hub, once and when needed; {free:.0f} GB are free",
+        flush=True,
+    )
+
+
+def checkpoint_gigabytes(repo: str) -> float:
+    """The size of a Hub model's weights according to its index.
+
+    A model without an index is one file, about 1 GB.
+    """
+    index = locate(repo, "model.safetensors.index.json", required=False)
+    if index is None:
+        return 1.0
+    with explaining(index, "read as an index of weights"):
+        return read_json(index)["metadata"]["total_size"] / 1e9
+
+
+def print_parameters(model: Ouroboros):
+    """Print the number of parameters of each trained part, of the bases and of the frozen base."""
+    counts = {}
+    for name, p in model.trained_parameters().items():
+        part = name.split(".")[0]
+        counts[part] = counts.get(part, 0) + p.numel()
+    counts["trained, float32"] = sum(counts.values())
+    counts["frozen SVD bases"] = sum(basis.numel() for basis in model.buffers())
+    counts["frozen base"] = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+    print()
+    for name, count in counts.items():
+        print(f"{name:20}{count:>15,} parameters", flush=True)
+
+
+def seconds_of_a_pass(model: Ouroboros, ids, targets) -> float:
+    """The time of one forward and backward pass. The gradients are thrown away."""
+    started = time.perf_counter()
+    model.loss(ids, targets).backward()
+    sum(p.grad.sum() for p in model.trained_parameters().values()).item()  # waits for the device
+    seconds = time.perf_counter() - started
+    model.zero_grad()
+    return seconds
+
+
+# ---- After training --------------------------------------------------------------------------------------
+
+
+def print_results(model: Ouroboros, results: dict):
+    """Print the losses of the full, the cut and the looped model, and the share of the gap recovered."""
+    layers_kept = len(model.prelude) + 1 + len(model.coda)
+    names = {
+        "full": f"full model ({model.config.num_hidden_layers} layers)",
+        "cut": f"cut to {layers_kept} layers",
+        "ouroboros": f"ouroboros, depth {model.depth}",
+    }
+    columns = list(results["full"])
+
+    print("\n" + " " * 24 + "".join(f"{column:>15}" for column in columns))
+    for key, name in names.items():
+        print(f"{name:24}" + "".join(f"{results[key][column]:15.3f}" for column in columns))
+    gaps = "".join(f"{gap_recovered(results, column):15.1%}" for column in columns)
+    print(f"{'gap recovered':24}{gaps}")
+
+
+def print_sample(model: Ouroboros, tokenizer, held_out, seed: int, device):
+    """Print a piece of held-out text and how the model continues it."""
+    ids, _ = held_out.batch(0, 1, device)
+    prompt = ids[:, : max(1, min(48, held_out.length // 2))]
+    torch.manual_seed(seed)  # a resumed run ends with the same text
+    out = model.generate(prompt, 48, temperature=0.7)
+    text = tokenizer.decode(prompt[0].tolist())
+    continuation = tokenizer.decode(out[0, prompt.shape[1] :].tolist())
+    print(f"\nheld-out text, and after the bar how the model continues it:\n{text}\u2502{continuation}")
