@@ -13,6 +13,7 @@ from device import pick_device
 from evaluate import EVALUATION_SEED
 from files import UserError
 from hub import BUILT_IN
+from ouroboros import POOLS
 
 # Defaults by model and device. "cuda" is the paper's recipe at 1,000 of its 18,750 steps.
 PRESETS = {
@@ -106,7 +107,7 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
         "--pool",
         "The mean state that the Controller sees: of the prefix, or of the whole sequence with its future.",
         paper="sequence",
-        choices=("prefix", "sequence"),
+        choices=POOLS,
     )
     switch(
         model, "--no-gate", "Remove the gate, so that h_new replaces h.", dest="gate", action="store_false"

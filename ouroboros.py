@@ -108,6 +108,9 @@ def no_pool(h, cache=None):
     return h
 
 
+POOLS = {"prefix": prefix_mean, "sequence": sequence_mean}
+
+
 class TrainedLinear(nn.Linear):
     """A linear layer with float32 weights that computes in the type of its input."""
 
@@ -272,7 +275,7 @@ class Ouroboros(LanguageModel):
         check_cut(num_layers, prelude, recurrent, coda)
         check_choice("depth", depth, range(1, MAX_STEPS + 1))
         check_choice("modulation", modulation, ("controller", "static", "none"))
-        check_choice("pool", pool, ("prefix", "sequence"))
+        check_choice("pool", pool, POOLS)
 
         self.config = qwen.config
         self.source = qwen.source
@@ -311,7 +314,7 @@ class Ouroboros(LanguageModel):
         self.pool = no_pool
         if modulation == "controller":
             self.controller = Controller(d, rank)
-            self.pool = prefix_mean if pool == "prefix" else sequence_mean
+            self.pool = POOLS[pool]
         elif modulation == "static":
             self.controller = StaticModulation(rank)
         else:

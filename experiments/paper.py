@@ -1,392 +1,377 @@
-"""The paper's experiments, mended: python experiments/paper.py
+"""Run the paper's experiments: python experiments/paper.py
 
-Trains every configuration on the built-in model (two at a time, an hour and a half on two cores), goes on where it was
-interrupted, and writes what it measured to experiments/paper/tiny: a JSON file for each run (arguments, losses, the
-loss of every step), tables.md and the pictures. --model FOLDER --data FOLDER does the central ones on another model,
-in two and a half hours for one of 135M parameters. Losses are in nats per token; each table has the held-out text of
-the training distribution ("held-out") and one of another kind ("other"): for Python source, the READMEs of packages.
+The program trains every configuration of experiments/runs.py on the built-in model, two at a time. That
+takes an hour and a half on two cores. An interrupted program continues where it was stopped. The results are
+written to experiments/paper/tiny: a JSON file for each run with its options, its losses and the loss of every
+step, then tables.md and the pictures.
+
+With --model FOLDER --data FOLDER, the program trains the central configurations on another model. That takes
+two and a half hours for a model of 135M parameters.
+
+Losses are in nats per token. Each table has the held-out text of the training distribution ("held-out") and a
+text of another kind ("other"). For Python source code, the other text is the READMEs of packages.
 """
 
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import metadata
-from inspect import signature
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ROOT / "runs" / "paper"
 sys.path.insert(0, str(ROOT))
-import train
-from data import Batches, cache_folder, open_source
-from ouroboros import Linear, Ouroboros
-from qwen import (PROJECTIONS, Qwen, UserError, exit_on_user_error, keep_freed_memory, load_tokenizer, pick_device,
-                  promote, read_json, replace_file)
 
-DEPTHS = (1, 2, 4, 8, 16, 32)  # at which every looped model is evaluated
-READMES = ("torch", "numpy", "matplotlib", "pillow", "sympy", "mpmath", "networkx", "tqdm", "huggingface_hub",
-           "tokenizers", "safetensors", "pytest")
+from checkpoint import FILE_NAME, STEP_FOLDER
+from data import Batches, open_source
+from device import pick_device, pick_dtype
+from evaluate import EVALUATION_SEED, evaluate_columns
+from experiments.measure import distance_from_start, future_leak, look_inside, losses_by_depth
+from experiments.runs import Run, all_runs
+from fast import keep_freed_memory
+from files import UserError, cache_folder, exit_on_user_error, explaining, read_json, replace_file
+from hub import load_tokenizer
+from options import parse_options
+from ouroboros import Ouroboros
+from patch import Patched
+from qwen import Qwen
+from train import claim_run, train
 
-# ---- What is trained -------------------------------------------------------------------------------------------------
+BASELINES = "baselines"  # the name under which the full and the cut model are evaluated
 
-
-class RandomBases(Ouroboros):
-    """Random orthogonal bases with the singular values of the true ones."""
-
-    def residual_bases(self, removed, rank):
-        generator, bases = torch.Generator().manual_seed(0), []
-        for A, B in super().residual_bases(removed, rank):
-            other_A, other_B = (torch.linalg.qr(torch.randn(n, rank, generator=generator))[0] for n in
-                                (A.shape[1], B.shape[0]))
-            bases.append([other_A.T.contiguous().to(A), (other_B * promote(B).norm(dim=0)).contiguous().to(B)])
-        return bases
-
-
-class DrawnDepth(Ouroboros):
-    """A depth of 1, 2, 4 or 8 for each training batch, drawn by a hash of its tokens: a function of seed and step."""
-
-    def loss(self, ids, targets, **how):
-        if torch.is_grad_enabled():
-            how["depth"] = (1, 2, 4, 8)[int(hashlib.sha1(ids.cpu().numpy().tobytes()).hexdigest(), 16) % 4]
-        return super().loss(ids, targets, **how)
-
-
-class Rounded(Ouroboros):
-    """Trained weights in bf16, as published."""
-
-    def __init__(self, qwen, **settings):
-        super().__init__(qwen, **settings)
-        for p in self.trained_parameters().values():
-            p.data = p.data.bfloat16()
+# Packages whose READMEs are English prose that every machine with this program has.
+README_PACKAGES = (
+    "torch",
+    "numpy",
+    "matplotlib",
+    "pillow",
+    "sympy",
+    "mpmath",
+    "networkx",
+    "tqdm",
+    "huggingface_hub",
+    "tokenizers",
+    "safetensors",
+    "pytest",
+)
 
 
-class Seams(Ouroboros):
-    """--patch with a matrix only at the seam before the loop ("in"), after it ("out") or at none."""
+@dataclass
+class Study:
+    """All runs on one model and its texts, and where they are."""
 
-    def __init__(self, qwen, seams, **settings):
-        super().__init__(qwen, **settings)
-        self.settings["seams"] = seams
-        for name, patch in zip(("in", "out"), self.patches):
-            patch.requires_grad_(name == seams)
+    model: str
+    data: str
+    other: str  # a text of another kind, as for --data
+    steps: int  # of most runs
+    dtype: str
+    run_folder: Path  # the runs' checkpoints
+    results: Path  # the JSON files, the tables and the pictures
 
+    @property
+    def central(self) -> bool:
+        """Whether only the central configurations are trained."""
+        return self.model != "tiny"
 
-class LowRank(Ouroboros):
-    """--patch with matrices of rank d / 8, a quarter of the parameters."""
+    @property
+    def identity(self) -> list:
+        """What a folder of results is of."""
+        return [Path(self.data).name, Path(self.other).name, self.steps]
 
-    def __init__(self, qwen, **settings):
-        super().__init__(qwen, **settings)
-        d = qwen.config.hidden_size
-        self.patches = nn.ModuleList(nn.Sequential(Linear(d, d // 8, bias=False), Linear(d // 8, d, False, zero=True))
-                                     for _ in self.patches)
+    def runs(self) -> dict[str, Run]:
+        return all_runs(self.central, self.steps)
 
+    def result_file(self, name: str) -> Path:
+        return self.results / f"{name.replace(' ', '-')}.json"
 
-class Alternative(Ouroboros):
-    """The cut model, without a loop, and something simple that is trained instead of Controller, gate and step norm.
-    scale: of each channel after the recurrent layer; matrix: [d, d] there, the identity at the start (LinearPatch,
-    arXiv 2505.24680); lora: on every projection of all kept layers, or of the recurrent one (lora one); layer: the
-    recurrent layer whole. The two LoRAs have the rank that gives about as many parameters as the paper's system."""
-
-    def __init__(self, qwen, kind="matrix", **settings):
-        super().__init__(qwen, **settings)
-        d, self.settings["kind"], self.kind = qwen.config.hidden_size, kind, kind
-        budget = sum(p.numel() for p in self.trained_parameters().values())
-        del self.lora
-        self.controller = self.gate = self.step_norm = None
-        self.extra = nn.ParameterDict()
-        if kind == "scale":
-            self.extra["scale"] = torch.ones(d)
-        elif kind == "matrix":
-            self.extra["matrix"] = torch.eye(d)
-        elif kind == "layer":
-            self.recurrent.float().requires_grad_(True)
-        else:
-            layers = [self.recurrent] if kind == "lora one" else [*self.prelude, self.recurrent, *self.coda]
-            shapes = [layer.get_submodule(name).weight.shape for layer in layers for name in PROJECTIONS]
-            rank = max(1, round(budget / sum(out + into for out, into in shapes)))
-            for n, (out, into) in enumerate(shapes):
-                self.extra[f"A{n}"] = torch.randn(rank, into) / math.sqrt(into)
-                self.extra[f"B{n}"] = torch.zeros(out, rank)
-
-    def own(self):
-        own = {name: t for name, t in self.state_dict().items() if name.startswith("extra.")}
-        return own | {f"recurrent.{name}": t for name, t in self.recurrent.state_dict().items() if self.kind == "layer"}
-
-    def fingerprint(self):
-        return ""  # the base may be what is trained
-
-    def hidden(self, ids, depth=None, cache=None, cut=False):
-        rotary, _ = self.start(ids, cache)
-        h, layers = self.embed_tokens(ids), [*self.prelude, self.recurrent, *self.coda]
-        dtype, adapted = h.dtype, {} if cut else {id(layer): n for n, layer in enumerate(layers)}
-        if self.kind == "lora one":
-            adapted = {id(self.recurrent): 0} if adapted else {}
-
-        def lora(n):
-            def project(projection, x, k):
-                A, B = (self.extra[f"{name}{7 * n + k}"].to(x.dtype) for name in "AB")
-                return projection(x) + F.linear(F.linear(x, A), B)
-            return project
-        for layer in layers:
-            if self.kind == "layer" and layer is self.recurrent:
-                h = layer(h.float(), rotary).to(dtype)
-            elif self.kind.startswith("lora") and id(layer) in adapted:
-                h = layer(h, rotary, None, lora(adapted[id(layer)]))
-            else:
-                h = layer(h, rotary)
-            if layer is self.recurrent and not cut and self.kind == "scale":
-                h = h * self.extra["scale"].to(dtype)
-            elif layer is self.recurrent and not cut and self.kind == "matrix":
-                h = F.linear(h, self.extra["matrix"].to(dtype))
-        return self.norm(h)
+    def train_options(self) -> list[str]:
+        """The options of train.py that all runs and the baselines share."""
+        return ["--model", self.model, "--data", self.data, "--dtype", self.dtype, "--device", "cpu"]
 
 
-def all_runs(central: bool, steps: int) -> dict:
-    """name -> (class, its own settings, options of train.py). central: only what is worth its time on a larger model.
-    In names: third, three, ten: times the preset's rate; long: more steps; past: trained for the tables past the paper,
-    there paper: its own system; start: as the cut model, without a patch; seam, patch: at one seam, at both."""
-    runs = {}
-
-    def add(name, *options, kind=Ouroboros, own=None, seeds=1):
-        for seed in range(seeds):
-            runs[f"{name} seed{seed}"] = kind, own or {}, [*options, "--seed", str(seed)]
-    seeds, lr = 1 if central else 3, train.PRESETS["cpu" if central else "tiny"][4]
-
-    def past(name, *options, rate=3, **how):  # past the paper
-        add(f"past {name}", *options, "--steps", str(4 * steps if central else steps), "--lr", str(rate * lr), **how)
-
-    def patched(name, depth, modulation, coda="none", **how):
-        past(name, "--patch", "--depth", str(depth), "--modulation", modulation, "--train-coda", coda, **how)
-    patched("all lora", 1, "none", "all", seeds=3)
-    patched("coda lora", 1, "none", "lora", seeds=3)
-    patched("coda norms", 1, "none", "norms")
-    for modulation in ("none", "controller"):
-        patched(f"patch depth1 {modulation}", 1, modulation, seeds=3)
-    for depth in (8, 1, 4):
-        if central:  # else the runs of row 2 serve
-            past(f"paper depth{depth}", "--depth", str(depth), rate=1, seeds=3 if depth == 8 else 1)
-        past(f"paper depth{depth} three", "--depth", str(depth))
-        for modulation in ("none", "controller") if depth < 8 else ():
-            patched(f"start depth{depth} {modulation}", depth, modulation, kind=Seams, own={"seams": "none"})
-    if central:
-        past("paper no step norm", "--no-step-norm", rate=1)
-    for seams in ("in", "out"):
-        patched(f"seam {seams}", 1, "none", kind=Seams, own={"seams": seams})
-    patched("low rank", 1, "none", kind=LowRank)
-    for depth in (4, 8, 2):
-        for modulation in ("none", "controller"):
-            patched(f"patch depth{depth} {modulation}", depth, modulation)
-    for depth in (1, 4):
-        patched(f"patch depth{depth} static", depth, "static")
-    for depth in (8, 1, 4, 16):
-        for modulation in ("controller", "static", "none"):
-            add(f"depth{depth} {modulation}", "--depth", str(depth), "--modulation", modulation,
-                seeds=1 if depth == 16 else seeds)
-    add("offset2 sequence", "--target-offset", "2", "--pool", "sequence")
-    add("offset1 sequence", "--pool", "sequence")
-    add("no gate", "--no-gate", seeds=seeds)
-    add("no step norm", "--no-step-norm", seeds=seeds)
-    add("random bases", kind=RandomBases, seeds=seeds)
-    if central:
-        past("lora", "--depth", "1", kind=Alternative, own={"kind": "lora"})
-        long = "--depth", "1", "--steps", str(10 * steps)
-        add("long depth1 controller", *long)
-        add("long depth1 offset2 sequence", "--target-offset", "2", "--pool", "sequence", *long)
-        add("long all lora", "--patch", "--steps", str(10 * steps))
-        # Each run takes minutes here, so some of the rows past the paper are left to tiny.
-        here = ("all", "coda", "seam", "low", "lora", "paper depth1", "paper depth8 seed", "paper no", "start depth1 c",
-                "patch depth1 n", "patch depth1 c", "patch depth4 n")
-        return {name: run for name, run in runs.items() if not name.startswith("past") or name[5:].startswith(here)}
-    for rank in (8, 64):
-        add(f"rank{rank} static", "--rank", str(rank), "--modulation", "static")
-    add("drawn depth", kind=DrawnDepth)
-    for name, kind in (("bf16", Rounded), ("float32", Ouroboros)):
-        add(f"{name} weights paper rate", "--lr", "3e-4", "--norm-lr-scale", "1", kind=kind)
-    for rank in (8, 64):
-        add(f"rank{rank}", "--rank", str(rank))
-    for factor, name in ((1 / 3, "third"), (3, "three"), (10, "ten")):
-        if name != "ten":  # at which the paper's system meets no finite gradient any more
-            add(f"lr {name}", "--lr", str(lr * factor))
-        for kind in ("scale", "matrix", "lora", "lora one", "layer"):
-            add(f"{kind} lr {name}", "--depth", "1", "--lr", str(lr * factor), kind=Alternative, own={"kind": kind})
-    for kind in ("scale", "matrix", "lora", "lora one", "layer"):
-        add(kind, "--depth", "1", kind=Alternative, own={"kind": kind})
-    for depth, modulation in ((1, "none"), (1, "controller"), (4, "none"), (4, "controller"), (8, "none")):
-        add(f"long patch depth{depth} {modulation}", "--patch", "--depth", str(depth), "--modulation", modulation,
-            "--train-coda", "none", "--steps", str(6 * steps))
-    add("long all lora", "--patch", "--steps", str(6 * steps))
-    add("long offset1 prefix", "--steps", str(6 * steps))
-    add("long offset2 sequence", "--target-offset", "2", "--pool", "sequence", "--steps", str(6 * steps))
-    return runs
+# ---- Texts -----------------------------------------------------------------------------------------------
 
 
-# ---- One run ---------------------------------------------------------------------------------------------------------
-
-
-def prose() -> str:
-    """A folder of English prose that every machine with this program's packages has: their READMEs, all held out."""
-    text = "\n<|endoftext|>\n".join(metadata(name).get_payload() for name in READMES)
-    folder = cache_folder() / f"readmes-{hashlib.sha1(text.encode()).hexdigest()[:8]}"
-    for path in (folder / "train.txt", folder / "val.txt"):
-        if not path.exists():
-            replace_file(path, lambda part: part.write_text(text))
+def readme_folder() -> str:
+    """A folder with the READMEs of README_PACKAGES, where all of them are held out."""
+    text = "\n<|endoftext|>\n".join(metadata(name).get_payload() for name in README_PACKAGES)
+    digest = hashlib.sha1(text.encode()).hexdigest()[:8]
+    folder = cache_folder() / f"readmes-{digest}"
+    for name in ("train.txt", "val.txt"):
+        if not (folder / name).exists():
+            replace_file(folder / name, lambda part: part.write_text(text))
     return str(folder)
 
 
-def evaluation_texts(ours, args) -> dict:
-    """The texts that every model is evaluated on."""
-    tokenizer, home, other = load_tokenizer(args.model), open_source(args.data), open_source(ours.other)
-    return {name: Batches(source, split, tokenizer, args.seq_len, offset, train.EVALUATION_SEED)
-            for name, source, split, offset in (("train", home, "train", 1), ("held-out", home, "val", 1),
-                                                ("other", other, "val", 1), ("held-out t+2", home, "val", 2))}
+def evaluation_texts(study: Study, options) -> dict[str, Batches]:
+    """The texts on which every model is evaluated."""
+    tokenizer = load_tokenizer(options.model)
+    home = open_source(options.data)
+    other = open_source(study.other)
+
+    def batches(source, split: str, offset=1) -> Batches:
+        return Batches(source, split, tokenizer, options.seq_len, offset, EVALUATION_SEED)
+
+    return {
+        "train": batches(home, "train"),
+        "held-out": batches(home, "val"),
+        "other": batches(other, "val"),
+        "held-out t+2": batches(home, "val", offset=2),
+    }
 
 
-def leak_cut(model, batches, args, device):
-    """The loss at every 16th position: in the whole sequence, and where the model is given only what comes before."""
-    seen, whole, cut = 0, 0.0, 0.0
-    for first in range(0, args.eval_sequences, args.batch_size):
-        ids, targets = batches.batch(first, args.batch_size, device)
-        losses = F.cross_entropy(promote(model(ids)).flatten(0, 1), targets.flatten(), reduction="none").view(ids.shape)
-        for t in range(15, ids.shape[1], 16):
-            alone = F.cross_entropy(promote(model(ids[:, : t + 1]))[:, -1], targets[:, t], reduction="sum")
-            whole, cut, seen = whole + losses[:, t].sum().item(), cut + alone.item(), seen + len(ids)
-    return {"leak": whole / seen, "leak cut": cut / seen}
+# ---- One run ---------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def look_inside(model, texts: dict, args, device):
-    """The opening of the gate and the size of the Controller's diagonals, by step, on each text."""
-    inside = {}
-    for name, batches in texts.items():
-        ids, gates, diagonals = batches.batch(0, 8, device)[0], [], []
-        hooks = [model.gate.linear.register_forward_hook(
-            lambda _, __, out, g=gates: g.append(promote(out).sigmoid().mean().item()))]
-        if model.controller is not None:
-            hooks.append(model.controller.register_forward_hook(
-                lambda _, __, out, m=diagonals: m.append([promote(k)[:, -1] for k in out])))
-        model(ids)  # the diagonals: of the last position, which has seen the whole text
-        for hook in hooks:
-            hook.remove()
-        sizes = [torch.stack([k.square().mean(-1).sqrt() for k in m], -1) for m in diagonals]  # [8 texts, 7] each
-        inside[name] = {"gate": gates, "diagonals": torch.stack(sizes, 1).tolist()}  # [8 texts, depth, 7]
-    return inside
+def train_and_measure(run: Run, study: Study):
+    """Train a run, or continue with it, and write its JSON file.
 
-
-def one_run(name: str, ours):
-    """Train (or go on with) a run, evaluate it on everything and write its JSON file."""
-    kind, own, options = all_runs(ours.central, ours.steps)[name]
-    out = RUNS / ours.name / name.replace(" ", "-")
-    begun = any(out.glob("step-*/ouroboros.safetensors"))
-    sys.argv = ["train.py", "--model", ours.model, "--data", ours.data, "--dtype", ours.dtype, "--device", "cpu",
-                "--steps", str(ours.steps), "--eval-every", str(max(1, ours.steps // 10)), "--save-every", "50",
-                *options, "--resume" if begun else "--out", str(out)]
-    args = train.parse_arguments()
+    Raises UserError if a signal stops the training, which is saved then.
+    """
+    # ---- Options
+    folder = study.run_folder / run.file_name
+    is_new = not any(folder.glob(f"{STEP_FOLDER}/{FILE_NAME}"))
+    arguments = study.train_options()
+    arguments += ["--steps", str(study.steps), "--eval-every", str(max(1, study.steps // 10))]
+    arguments += ["--save-every", "50", *run.options]
+    arguments += ["--out" if is_new else "--resume", str(folder)]
+    options, checkpoint = parse_options(arguments)
     keep_freed_memory()
-    device, dtype = pick_device(args.device, args.dtype)
-    torch.manual_seed(args.seed)
-    texts = evaluation_texts(ours, args)
-    if begun:
-        model = kind.load(out, None, dtype, device, args.checkpoint)
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    torch.manual_seed(options.seed)
+
+    # ---- Model and text
+    if is_new:
+        qwen = Qwen.from_pretrained(options.model, dtype, device)
+        model = new_model(run, qwen, options)
+        del qwen  # and with it the layers that were cut out
     else:
-        settings = {name: value for name, value in vars(args).items() if name in signature(Ouroboros).parameters}
-        model = kind(Qwen.from_pretrained(args.model, dtype, device), **own, **settings)
-        args.text = None
-    training = Batches(open_source(args.data), "train", texts["train"].tokenizer, args.seq_len, args.target_offset,
-                       args.seed)
-    if number := train.train(model, training, texts["held-out"], args, device):
-        sys.exit(128 + number)
-    result = {"name": name, "parameters": sum(p.numel() for p in model.trained_parameters().values()),
-              "options": options, "tokens": args.steps * args.batch_size * args.accumulation * args.seq_len,
-              "loss": {text: train.evaluate(model.loss, b, args, device) for text, b in texts.items()}}
-    if re.fullmatch("(depth.* (controller|none)|drawn depth) seed0", name):
-        result["depths"] = {depth: {text: train.evaluate(lambda *batch, d=depth: model.loss(*batch, depth=d), b, args,
-                                                         device) for text, b in texts.items() if text in
-                                    ("held-out", "other")} for depth in DEPTHS}
-    if args.pool == "sequence" and args.modulation == "controller":
-        with torch.no_grad():
-            result |= leak_cut(model, texts["held-out" if args.target_offset == 1 else "held-out t+2"], args, device)
-    if name == "depth8 controller seed0":
-        result["inside"] = look_inside(model, {"held-out": texts["held-out"], "other": texts["other"]}, args, device)
-    if model.step_norm is not None and model.gate is not None:
-        norms, biases = model.step_norm.weight[: args.depth], model.gate.linear.bias
-        moved = {"step norm": norms - 1, "gate": biases + 2}
-        result["moved"] = {part: change.abs().float().mean().item() for part, change in moved.items()}
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    result["log"] = [[row["step"], row["loss"] and round(row["loss"], 4), round(row.get("held_out", 0), 4)]
-                     for row in rows]  # a step without a finite loss and gradient has none
-    write(ours.results / f"{name.replace(' ', '-')}.json", result)
+        model = run.model_class.load(folder, None, dtype, device, checkpoint)
+    texts = evaluation_texts(study, options)
+    training = Batches(
+        open_source(options.data),
+        "train",
+        texts["train"].tokenizer,
+        options.seq_len,
+        options.target_offset,
+        options.seed,
+    )
+    claim_run(options, training, is_new)
+
+    # ---- Training
+    if train(model, training, texts["held-out"], options, device, checkpoint):
+        raise UserError(f"{run.name}: was stopped, and saved; the same command continues it")
+
+    # ---- Results
+    tokens_per_step = options.batch_size * options.accumulation * options.seq_len
+    result = {
+        "name": run.name,
+        "parameters": sum(p.numel() for p in model.trained_parameters().values()),
+        "options": run.options,
+        "tokens": options.steps * tokens_per_step,
+        "loss": evaluate_columns(model.loss, texts, options, device),
+    }
+    result.update(more_measurements(run, model, texts, options, device))
+    result["log"] = short_log(folder / "log.jsonl")
+    write_json(study.result_file(run.name), result)
 
 
-def baseline(ours):
-    """The losses of the full and of the cut model on every text."""
-    sys.argv = ["train.py", "--model", ours.model, "--data", ours.data, "--dtype", ours.dtype, "--device", "cpu"]
-    args = train.parse_arguments()
-    device, dtype = pick_device(args.device, args.dtype)
-    qwen, texts = Qwen.from_pretrained(args.model, dtype, device), evaluation_texts(ours, args)
-    full = {name: train.evaluate(qwen.loss, b, args, device) for name, b in texts.items()}
+def new_model(run: Run, qwen: Qwen, options) -> Ouroboros:
+    """The untrained model of a run, by train.py's options and the settings of its class."""
+    settings = dict(
+        prelude=options.prelude,
+        recurrent=options.recurrent,
+        coda=options.coda,
+        rank=options.rank,
+        depth=options.depth,
+        modulation=options.modulation,
+        pool=options.pool,
+        gate=options.gate,
+        step_norm=options.step_norm,
+    )
+    if issubclass(run.model_class, Patched):
+        settings["train_coda"] = options.train_coda
+    return run.model_class(qwen, **run.own_settings, **settings)
+
+
+def more_measurements(run: Run, model: Ouroboros, texts: dict[str, Batches], options, device) -> dict:
+    """What only some of the runs are measured by."""
+    more = {}
+    held_out_and_other = {"held-out": texts["held-out"], "other": texts["other"]}
+    if re.fullmatch(r"(depth\d+ (controller|none)|drawn depth) seed0", run.name):
+        more["depths"] = losses_by_depth(model, held_out_and_other, options, device)
+
+    if options.pool == "sequence" and options.modulation == "controller":
+        own_task = "held-out" if options.target_offset == 1 else "held-out t+2"
+        more.update(future_leak(model, texts[own_task], options, device))
+
+    if run.name == "depth8 controller seed0":
+        more["inside"] = look_inside(model, held_out_and_other, device)
+
+    moved = distance_from_start(model, options.depth)
+    if moved:
+        more["moved"] = moved
+    return more
+
+
+def short_log(path: Path) -> list[list]:
+    """[step, training loss, held-out loss] of every step.
+
+    The training loss is None for a step without a finite loss and gradient. The held-out loss is 0 where it
+    was not measured.
+    """
+    rows = []
+    with explaining(path, "read as a line of JSON for each step"):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            loss = row["loss"]
+            if loss is not None:
+                loss = round(loss, 4)
+            rows.append([row["step"], loss, round(row.get("held_out", 0), 4)])
+    return rows
+
+
+def write_json(path: Path, content: dict):
+    replace_file(path, lambda part: part.write_text(json.dumps(content) + "\n"))
+
+
+# ---- The baselines ---------------------------------------------------------------------------------------
+
+
+def measure_baselines(study: Study):
+    """Write the losses of the full and of the cut model on every text."""
+    options, _ = parse_options(study.train_options())
+    device = pick_device(options.device)
+    qwen = Qwen.from_pretrained(options.model, pick_dtype(options.dtype, device), device)
+    texts = evaluation_texts(study, options)
+
     model = Ouroboros(qwen, modulation="none")
-    cut = {name: train.evaluate(lambda *batch: model.loss(*batch, cut=True), b, args, device)
-           for name, b in texts.items()}
-    write(ours.results / "baselines.json", {"of": what(ours), "full": full, "cut": cut})
+    result = {
+        "of": study.identity,
+        "full": evaluate_columns(qwen.loss, texts, options, device),
+        "cut": evaluate_columns(model.cut.loss, texts, options, device),
+    }
+    write_json(study.result_file(BASELINES), result)
 
 
-def what(ours) -> list:
-    return [Path(ours.data).name, Path(ours.other).name, ours.steps]
+# ---- All of them -----------------------------------------------------------------------------------------
 
 
-def write(path: Path, what):
-    replace_file(path, lambda part: part.write_text(json.dumps(what) + "\n"))
+def has_result(name: str, study: Study) -> bool:
+    """Whether the result of a run is there, after running it in a process of its own if it was not."""
+    if study.result_file(name).exists():
+        return True
+    command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode != 0:
+        print(f"{name} failed: {process.stderr[-2000:]}", flush=True)
+        return False
+    print(name, flush=True)
+    return True
 
 
-# ---- All of them -----------------------------------------------------------------------------------------------------
+def run_all(study: Study, jobs: int):
+    """Run what has no result yet, `jobs` runs at a time, then write the tables.
+
+    Raises UserError if a run fails, or if the folder of the results belongs to other texts or steps.
+    """
+    if not has_result(BASELINES, study):
+        raise UserError("the model or a text cannot be used, see above")
+    if read_json(study.result_file(BASELINES)).get("of") != study.identity:
+        raise UserError(
+            f"{study.results} is of other texts or steps than {study.identity}; "
+            f"move it and {study.run_folder} away"
+        )
+
+    names = list(study.runs())
+    slow_names = [name for name in names if "depth16" in name]
+    names = [name for name in names if name not in slow_names] + slow_names
+    with ThreadPoolExecutor(jobs) as pool:
+        succeeded = list(pool.map(lambda name: has_result(name, study), names))
+
+    from experiments.paper_tables import write_all  # only now, because importing matplotlib takes seconds
+
+    write_all(study.results)
+    failed = succeeded.count(False)
+    if failed:
+        raise UserError(f"{failed} runs failed, see above; the same command tries them again")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--model", default="tiny", help="The model, as for train.py. Default: tiny.")
+    option("--data", default="python", help="The text, as for train.py. Default: python.")
+    option(
+        "--other",
+        help="A text of another kind. Default: the READMEs of packages if --data is python, else python.",
+    )
+    option(
+        "--steps",
+        type=int,
+        help="The number of optimizer steps of most runs; some take several times as many. Default: 250 for "
+        "tiny, else 60.",
+    )
+    option("--dtype", default="auto", help="The number type, as for train.py. Default: auto.")
+    option(
+        "--jobs",
+        type=int,
+        default=2,
+        help="How many runs are trained at a time, each with its share of the cores. Default: 2.",
+    )
+    option("--run", help=argparse.SUPPRESS)  # one run, in a process that has_result starts
+    return parser.parse_args()
+
+
+def new_study(args) -> Study:
+    """The study that the command line asks for."""
+    steps = args.steps
+    if steps is None:
+        steps = 250 if args.model == "tiny" else 60
+    other = args.other
+    if other is None:
+        other = readme_folder() if args.data == "python" else "python"
+
+    name = Path(args.model).name
+    return Study(
+        args.model,
+        args.data,
+        other,
+        steps,
+        args.dtype,
+        run_folder=ROOT / "runs" / "paper" / name,
+        results=ROOT / "experiments" / "paper" / name,
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--data", default="python")
-    parser.add_argument("--other", help="text of another kind (READMEs of packages for python, else python)")
-    parser.add_argument("--steps", type=int, help="of most runs; some take several times as many (250; else 60)")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with its share of the cores")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
-    ours = parser.parse_args()
-    ours.name, ours.central = Path(ours.model).name, ours.model != "tiny"
-    ours.steps = ours.steps or (60 if ours.central else 250)
-    ours.other = ours.other or (prose() if ours.data == "python" else "python")
-    ours.results = ROOT / "experiments" / "paper" / ours.name
-    if ours.run:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ours.jobs))
-        return baseline(ours) if ours.run == "baselines" else one_run(ours.run, ours)
+    args = parse_arguments()
+    for name in ("steps", "jobs"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: give a number above 0")
+    study = new_study(args)
 
-    def in_a_process(name) -> bool:
-        """Whether the result is there, at the end."""
-        if (ours.results / f"{name.replace(' ', '-')}.json").exists():
-            return True
-        command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
-        done = subprocess.run(command, capture_output=True, text=True)
-        print(name, "" if done.returncode == 0 else f"failed: {done.stderr[-2000:]}", flush=True)
-        return done.returncode == 0
-    if not in_a_process("baselines"):
-        raise UserError("the model or a text cannot be used, see above")
-    if read_json(ours.results / "baselines.json")["of"] != what(ours):
-        raise UserError(f"{ours.results} is of other texts or steps than {what(ours)}; move it and {RUNS} away")
-    names = sorted(all_runs(ours.central, ours.steps), key=lambda name: "depth16" in name)  # the slow ones last
-    with ThreadPoolExecutor(ours.jobs) as pool:
-        missing = list(pool.map(in_a_process, names)).count(False)
-    from paper_tables import write_all
-    write_all(ours.results)
-    if missing:
-        raise UserError(f"{missing} runs failed, see above; the same command tries them again")
+    if args.run is None:
+        run_all(study, args.jobs)
+        return
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+    if args.run == BASELINES:
+        measure_baselines(study)
+    elif args.run in study.runs():
+        train_and_measure(study.runs()[args.run], study)
+    else:
+        raise UserError(f"--run {args.run}: there is no such run in experiments/runs.py")
 
 
 if __name__ == "__main__":
