@@ -7,6 +7,7 @@ import json
 
 import torch
 
+from checkpoint import fingerprint
 from data import Batches
 from files import cache_folder, explaining, read_json, replace_file
 from ouroboros import Ouroboros
@@ -47,7 +48,7 @@ def evaluate_baselines(
     cache.
     """
     dtype = model.norm.weight.dtype
-    key = [model.base_fingerprint(), *(batches.folder.name for batches in columns.values())]
+    key = [fingerprint(model.pretrained_tensors()), *(batches.folder.name for batches in columns.values())]
     key += [args.seq_len, args.eval_sequences, device.type, dtype]
     path = cache_folder() / "baselines" / f"{'-'.join(map(str, key))}.json"
 

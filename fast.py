@@ -117,6 +117,19 @@ def attend_with_products(q, k, v):
     return (weights.view(B, groups, -1, S) @ v).view(B, H, T, D)
 
 
+# ---- The Controller --------------------------------------------------------------------------------------
+
+
+def linear_of_joined(linear, p, e):
+    """linear([p; e]) for an e that is the same at every position. p [B, T, n], e [m] -> [B, T, out]
+
+    W [p; e] + b = W_p p + (W_e e + b): the second term is computed once and serves as a bias.
+    """
+    W_p, W_e = linear.weight.split([p.shape[-1], e.shape[0]], dim=1)
+    bias = linear.bias + W_e @ e
+    return F.linear(p, W_p.to(p.dtype), bias.to(p.dtype))
+
+
 # ---- Singular vectors ------------------------------------------------------------------------------------
 
 
@@ -127,6 +140,7 @@ def top_right_singular_vectors(R, rank: int):
     R^T u = s v. The smaller of the two matrices is decomposed: for the seven projections of a 3B model that
     takes seconds, where full SVDs take minutes.
     """
+    device = R.device
     if R.is_mps:
         R = R.cpu()  # most versions of torch have no eigh for MPS
     out_features, in_features = R.shape
@@ -135,8 +149,10 @@ def top_right_singular_vectors(R, rank: int):
     _, vectors = torch.linalg.eigh(gram)  # in ascending order of the eigenvalues
     top = vectors[:, -rank:].flip(1)  # [in or out, rank]
     if tall:
-        return top.T
-    return torch.linalg.qr(R.T @ top).Q.T  # the columns s v are orthogonal and in order: QR normalises them
+        A = top.T
+    else:
+        A = torch.linalg.qr(R.T @ top).Q.T  # the columns s v are orthogonal and in order: QR normalises them
+    return A.contiguous().to(device)
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------

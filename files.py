@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tokenize
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,17 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 # What a missing, damaged or foreign file can raise while it is read. All else is a bug, with a traceback.
-FILE_ERRORS = (OSError, EOFError, ValueError, KeyError, TypeError, SafetensorError, zlib.error)
+FILE_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    SafetensorError,
+    zlib.error,
+    SyntaxError,  # numpy reads the header of a .npy with Python's own parser
+    tokenize.TokenError,
+)
 
 
 class UserError(Exception):

@@ -221,7 +221,7 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
     option(
         machine,
         "--device",
-        "cuda, mps or cpu. auto is the first of these that this machine has.",
+        "The device: cuda, mps or cpu. auto is the first of these that this machine has.",
     )
     option(
         machine,
@@ -239,7 +239,8 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
     switch(
         machine,
         "--activation-checkpointing",
-        "Compute activations again in the backward pass instead of keeping them: less memory, more time.",
+        "Compute activations again in the backward pass instead of keeping them: less memory, more time. "
+        "Default: off.",
         action=argparse.BooleanOptionalAction,
     )
     option(

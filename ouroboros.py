@@ -1,20 +1,31 @@
-"""Ouroboros: a pretrained decoder with one layer looped, whose weights change with each input and each
-step.
+"""Ouroboros: a pretrained decoder in which one layer is applied in a loop, modulated anew in each step.
+
+    R_k   = (mean over the removed layers of W_k) - (W_k of the recurrent layer)
+    A_k, B_k: the best factors of rank r of R_k, from its SVD
 
     ids [B,T] -> embed -> prelude -> h
     for t in 0 .. depth-1:
-        m_t   = Controller(pool(h), t)                   7 diagonals of length r, one for each projection k
+        m_t   = Controller(pool(h), t)
         h_new = StepNorm_t( Layer(h; W_k + (alpha/r) B_k diag(m_t,k) A_k) )
         g     = sigmoid(W_g [h_new; h] + b_g)
         h     = g * h_new + (1 - g) * h
     h -> coda -> final norm -> lm head -> logits [B,T,V]
 
-Source: arXiv 2604.02051. The pretrained layers and the bases A, B are frozen. The Controller, the gate
-and the step norm are trained. Their weights are float32 and are cast to the type of the state h where
-they are used, so a bfloat16 model needs no autocast.
+k is the name of one of the seven projections of a layer, q_proj to down_proj. The state h is [B, T, d].
+The diagonals m_t,k are [B, T, r]: each position has its own, so each position has its own weights. The
+bases point from the recurrent layer to the layers that were removed, so that the loop can take on what
+those did.
 
-Letters in shapes: B sequences, T tokens, d hidden_size, r rank, s the width of the Controller, V
-vocab_size.
+Source: arXiv 2604.02051. The pretrained weights W and the bases A, B are frozen. The Controller, the gate
+and the StepNorm are trained. Their weights are float32 and are cast to the type of h where they are used,
+so a bfloat16 model needs no autocast. As in the paper, an untrained loop is not the identity: h_new has a
+root mean square of 1, which the coda does not expect, and the first steps of training mend that.
+
+One thing differs from the published code. There, pool(h) is the mean over the whole sequence, which lets
+each position see later tokens. Here it is the mean over the positions so far; pool="sequence" gives the
+published one.
+
+Letters in shapes: B sequences, T tokens, d hidden_size, r rank, s the width of the Controller.
 """
 
 from dataclasses import dataclass, replace
@@ -23,32 +34,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import fingerprint, read_checkpoint, write_checkpoint
-from device import promote
-from fast import top_right_singular_vectors
+from device import promote  # to float32, or float64 if it is that already
+from fast import linear_of_joined, top_right_singular_vectors
 from files import UserError
 from qwen import PROJECTIONS, KVCache, LanguageModel, NotLoaded, Qwen, apply_projection, rotary_at
+from saving import load_model, save_model
 
-MAX_STEPS = 64  # rows of the step embedding, of the static table and of the step norm
+MAX_STEPS = 64  # rows of each table with a row per step (step embedding, StepNorm); the depth is at most this
 
-# ---- The low-rank change of a projection: (alpha/r) B diag(m) A ------------------------------------------
+# ---- A_k, B_k, and the low-rank update (alpha/r) B_k diag(m) A_k -----------------------------------------
 
 
 def svd_bases(R, rank: int):
-    """The bases A [r, in] and B [out, r] of a residual R [out, in], from its truncated SVD R = U S V^T.
+    """The bases A [r, in] and B [out, r] of a difference R [out, in] of weights, from its SVD R = U S V^T.
 
-    A holds the top r right singular vectors (rows of V^T), B the top r left ones times their singular
-    values (U S). B @ A is the best approximation of R of rank r.
+    A is the top r right singular vectors (rows of V^T), B the top r left ones times their singular values
+    (U S). B A is the best rank-r approximation of R. With every entry of m equal to r/alpha the scale
+    cancels and the update is B A: the recurrent layer then has about the mean weights of the removed ones.
     """
     R = promote(R)
-    A = top_right_singular_vectors(R, rank).to(R.device)  # torch.linalg.svd(R).Vh[:rank], sooner: see fast.py
+    A = top_right_singular_vectors(R, rank)  # torch.linalg.svd(R).Vh[:rank], in a faster way (fast.py)
     B = R @ A.T  # R V = U S V^T V = U S
-    return A.contiguous(), B
+    return A, B
 
 
 class SVDLoRA(nn.Module):
-    """The change that a diagonal m makes to one projection: (alpha/r) B diag(m) A x, with A and B frozen.
+    """What a diagonal m adds to one projection: (alpha/r) B diag(m) A x.
 
+    Unlike in LoRA, A and B are frozen.
     x [B, T, in], m [r] or [B, T or 1, r] -> [B, T, out]
     """
 
@@ -56,7 +69,7 @@ class SVDLoRA(nn.Module):
         super().__init__()
         self.register_buffer("A", A)
         self.register_buffer("B", B)
-        self.scale = alpha / len(A)
+        self.scale = alpha / A.shape[0]
 
     def forward(self, x, m):
         return F.linear(F.linear(x, self.A) * (self.scale * m), self.B)
@@ -66,49 +79,28 @@ class SVDLoRA(nn.Module):
 
 
 class StepCache(KVCache):
-    """What generation keeps of one step of the loop:
-
-    keys and values, and the sum of the step's inputs h.
-    """
+    """What generation keeps of one step of the loop: keys and values, and sum and count of its inputs h."""
 
     def __init__(self):
         super().__init__()
-        self.input_sum = 0.0  # [B, 1, d], float32
+        self.input_sum = 0.0  # [B, 1, d] in float32, once there are inputs
         self.input_count = 0
 
 
 def prefix_mean(h, cache: StepCache | None = None):
-    """pool(h): for every position, the mean of h over this position and all before it. [B, T, d] -> [B,
-    T, d]
+    """pool(h): at every position, the mean of h over it and all positions before it.
 
-    No position sees a later one, and generation needs only a running sum. The published pool is
-    sequence_mean. Sums are float32: in bfloat16 a long sum stops growing.
+    [B, T, d] -> [B, T, d]. cache: a StepCache of the positions before h; it is updated.
     """
-    sums = promote(h).cumsum(dim=1)
+    sums = promote(h).cumsum(dim=1)  # float32: a long sum in bfloat16 stops growing
     before = 0
     if cache is not None:
         before = cache.input_count
         sums = sums + cache.input_sum
-        cache.input_sum = sums[:, -1:]
+        cache.input_sum = sums[:, -1:].clone()
         cache.input_count += h.shape[1]
     count = torch.arange(before + 1, before + h.shape[1] + 1, device=h.device)
     return (sums / count[:, None]).to(h.dtype)
-
-
-def sequence_mean(h, cache=None):
-    """The published pool(h):
-
-    one mean for the whole sequence, so every position sees the future. -> [B, 1, d]
-    """
-    return promote(h).mean(dim=1, keepdim=True).to(h.dtype)
-
-
-def no_pool(h, cache=None):
-    """For a modulation that uses no pooled state."""
-    return h
-
-
-POOLS = {"prefix": prefix_mean, "sequence": sequence_mean}
 
 
 class TrainedLinear(nn.Linear):
@@ -122,54 +114,27 @@ class TrainedLinear(nn.Linear):
 class Controller(nn.Module):
     """The hypernetwork: pooled state [B, T or 1, d] and step t -> the diagonals {k: [B, T or 1, r]}.
 
-    p = silu(reduce(pooled)) [2s]; e = embedding of t [s]; z = silu(narrow(silu(join([p; e])))) [s]; then
-    one head s -> r without bias for each projection. The heads are zero at the start, so m = 0: no
-    modulation.
+    The heads are zero at the start, so m = 0: the layer is not modulated.
     """
 
     def __init__(self, d: int, rank: int, s: int = 128):
         super().__init__()
         self.reduce = TrainedLinear(d, 2 * s)
-        self.step = nn.Embedding(MAX_STEPS, s)
+        self.step_embedding = nn.Embedding(MAX_STEPS, s)
         self.join = TrainedLinear(3 * s, 2 * s)
         self.narrow = TrainedLinear(2 * s, s)
-        self.heads = TrainedLinear(s, len(PROJECTIONS) * rank, bias=False)  # the seven heads, stacked
+        # The seven heads s -> r, one for each projection, stacked in one matrix.
+        self.heads = TrainedLinear(s, len(PROJECTIONS) * rank, bias=False)
         nn.init.zeros_(self.heads.weight)
 
     def forward(self, pooled, t: int):
-        p = F.silu(self.reduce(pooled))
-        z = F.silu(self.join_step(p, self.step.weight[t]))
-        z = F.silu(self.narrow(z))
-        diagonals = self.heads(z).chunk(len(PROJECTIONS), dim=-1)
+        p = F.silu(self.reduce(pooled))  # [B, T, 2s]
+        e = self.step_embedding.weight[t]  # [s]
+        # join([p; e]), [B, T, 3s] -> [B, T, 2s], without a copy of e for each position (fast.py)
+        z = F.silu(linear_of_joined(self.join, p, e))
+        z = F.silu(self.narrow(z))  # [B, T, s]
+        diagonals = self.heads(z).chunk(len(PROJECTIONS), dim=-1)  # 7 times [B, T, r]
         return dict(zip(PROJECTIONS, diagonals))
-
-    def join_step(self, p, e):
-        """join([p; e]) as W_p p + (W_e e + b): e is the same for every position, so its part is a bias."""
-        W_p, W_e = self.join.weight.split([p.shape[-1], len(e)], dim=1)
-        bias = self.join.bias + W_e @ e
-        return F.linear(p, W_p.to(p.dtype), bias.to(p.dtype))
-
-
-class StaticModulation(nn.Module):
-    """The baseline without an input:
-
-    a trained table [64, 7, r], zero at the start -> the diagonals {k: [r]}.
-    """
-
-    def __init__(self, rank: int):
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(MAX_STEPS, len(PROJECTIONS), rank))
-
-    def forward(self, pooled, t: int):
-        diagonals = self.table[t].to(pooled.dtype)
-        return dict(zip(PROJECTIONS, diagonals))
-
-
-class NoModulation(nn.Module):
-    """The baseline whose recurrent layer stays as it is: no diagonals."""
-
-    def forward(self, pooled, t: int):
-        return None
 
 
 # ---- StepNorm and gate -----------------------------------------------------------------------------------
@@ -185,13 +150,6 @@ class StepNorm(nn.Module):
 
     def forward(self, h_new, t: int):
         return F.rms_norm(h_new, h_new.shape[-1:], self.weight[t].to(h_new.dtype), self.eps)
-
-
-class NoStepNorm(nn.Module):
-    """The ablation of the step norm."""
-
-    def forward(self, h_new, t: int):
-        return h_new
 
 
 class Gate(nn.Module):
@@ -210,28 +168,12 @@ class Gate(nn.Module):
         return torch.sigmoid(self.linear(torch.cat([h_new, h], dim=-1)))
 
 
-class NoGate(nn.Module):
-    """The ablation of the gate: g = 1, so h_new replaces h."""
-
-    def forward(self, h_new, h):
-        return 1.0
-
-
 # ---- The model -------------------------------------------------------------------------------------------
-
-
-def default_cut(num_layers: int) -> tuple[int, int, int]:
-    """(prelude, recurrent, coda) for so many layers, in the proportions of the paper's 8/18/8 of 36."""
-    ends = round(num_layers * 8 / 36)
-    return ends, num_layers // 2, ends
 
 
 @dataclass
 class LoopCache:
-    """What generation keeps of each layer call:
-
-    a KVCache or StepCache each, or None in a forward without one.
-    """
+    """The caches of all layer calls of a forward pass. The entries are None where no cache is used."""
 
     prelude: list
     steps: list
@@ -241,12 +183,17 @@ class LoopCache:
 class Ouroboros(LanguageModel):
     """The looped model on a pretrained Qwen, whose layers it shares and freezes.
 
-    prelude, coda: how many first and last layers stay. recurrent: the number of the looped layer, from 0.
-    By default all three are in the paper's proportions. rank, alpha: of the SVD LoRA. depth: steps of the
-    loop. modulation: "controller", or the baselines "static" and "none". pool: "prefix" (causal) or
-    "sequence" (as published). gate, step_norm: False removes that part.
+    ids [B, T] -> logits [B, T, V]. The arguments:
+    - prelude, coda: the number of layers that are kept at the start and at the end.
+    - recurrent: the index of the looped layer, from 0. All three have the paper's proportions by default.
+    - rank, alpha: those of the low-rank update.
+    - depth: the number of steps of the loop.
+    - modulation: "controller", or the baselines "static" and "none".
+    - pool: "prefix" (causal) or "sequence" (as published).
+    - gate, step_norm: False removes the part.
+    - bases: {k: (A_k, B_k)} of a saved model. By default they are computed from the removed layers.
 
-    Raises UserError for a cut, a rank, a depth or a choice that is not possible.
+    Raises UserError for values that are not possible.
     """
 
     def __init__(
@@ -262,17 +209,11 @@ class Ouroboros(LanguageModel):
         pool="prefix",
         gate=True,
         step_norm=True,
+        bases=None,
     ):
         super().__init__()
         num_layers = qwen.config.num_hidden_layers
-        default_prelude, default_recurrent, default_coda = default_cut(num_layers)
-        if prelude is None:
-            prelude = default_prelude
-        if recurrent is None:
-            recurrent = default_recurrent
-        if coda is None:
-            coda = default_coda
-        check_cut(num_layers, prelude, recurrent, coda)
+        prelude, recurrent, coda = checked_cut(num_layers, prelude, recurrent, coda)
         check_choice("depth", depth, range(1, MAX_STEPS + 1))
         check_choice("modulation", modulation, ("controller", "static", "none"))
         check_choice("pool", pool, POOLS)
@@ -293,28 +234,31 @@ class Ouroboros(LanguageModel):
             step_norm=step_norm,
         )
 
-        # Frozen: the kept layers.
+        # Pretrained and frozen: the kept layers.
         self.embed_tokens = qwen.embed_tokens
-        self.norm = qwen.norm
-        self.lm_head = qwen.lm_head
         self.prelude = qwen.layers[:prelude]
         self.recurrent = qwen.layers[recurrent]
         self.coda = qwen.layers[num_layers - coda :]
-        self.requires_grad_(False)
+        self.norm = qwen.norm
+        self.lm_head = qwen.lm_head
+        self.requires_grad_(False)  # so far, this model has no other parameters
 
-        # Frozen: the bases of what was cut out.
+        # Frozen: the bases A, B.
         self.lora = nn.ModuleDict()
         if modulation != "none":
-            removed = [*qwen.layers[prelude:recurrent], *qwen.layers[recurrent + 1 : num_layers - coda]]
-            for k, (A, B) in self.residual_bases(removed, rank).items():
-                self.lora[k] = SVDLoRA(A, B, alpha)
+            if bases is None:
+                removed = [*qwen.layers[prelude:recurrent], *qwen.layers[recurrent + 1 : num_layers - coda]]
+                bases = self.residual_bases(removed, rank)
+            like = self.embed_tokens.weight  # all pretrained weights have this type and device
+            for k, (A, B) in bases.items():
+                self.lora[k] = SVDLoRA(A.to(like), B.to(like), alpha)
 
-        # Trained.
+        # Trained: Controller, gate and StepNorm, or what takes their places.
         d = qwen.config.hidden_size
         self.pool = no_pool
         if modulation == "controller":
-            self.controller = Controller(d, rank)
             self.pool = POOLS[pool]
+            self.controller = Controller(d, rank)
         elif modulation == "static":
             self.controller = StaticModulation(rank)
         else:
@@ -325,35 +269,35 @@ class Ouroboros(LanguageModel):
 
     @torch.no_grad()
     def residual_bases(self, removed, rank: int) -> dict:
-        """{k: (A_k, B_k)} of R_k = mean of the removed layers' W_k - W_k of the recurrent layer.
+        """{k: (A_k, B_k)} of R_k = (mean over the removed layers of W_k) - (W_k of the recurrent layer).
 
-        Where the removed layers were not loaded, the bases are zero: load() replaces them by the saved
-        ones.
+        Only matrices count: the biases and the norms of the removed layers are dropped. The removed
+        layers must have been loaded.
         """
         check_rank(self.recurrent, rank)
+        if any(isinstance(layer, NotLoaded) for layer in removed):
+            raise ValueError("the removed layers were not loaded, so their bases must be given")
         bases = {}
         for k, projection in self.recurrent.projections().items():
             W = projection.weight  # [out, in]
-            if isinstance(removed[0], NotLoaded):
-                A, B = W.new_zeros(rank, W.shape[1]), W.new_zeros(W.shape[0], rank)
-            else:
-                mean = sum(promote(layer.projections()[k].weight) for layer in removed) / len(removed)
-                A, B = svd_bases(mean - promote(W), rank)
+            mean = sum(promote(layer.projections()[k].weight) for layer in removed) / len(removed)
+            A, B = svd_bases(mean - promote(W), rank)
             bases[k] = (A.to(W), B.to(W))
         return bases
 
-    # -- the forward pass
+    # -- The forward pass. Its parts are methods, some of which patch.py overrides.
 
-    def hidden(self, ids, depth: int | None = None, cache: LoopCache | None = None):
+    def hidden(self, ids, cache: LoopCache | None = None, depth: int | None = None):
         """ids [B, T] -> normalised last hidden states [B, T, d].
 
-        depth: steps of the loop, by default the model's.
+        depth: the number of steps, by default the model's. A cache must have been made for the same depth.
         """
         depth = self.checked_depth(depth)
         first = 0 if cache is None else cache.prelude[0].length
         rotary = rotary_at(self.config, first, ids.shape[1], ids.device)
         if cache is None:
             cache = LoopCache([None] * len(self.prelude), [None] * depth, [None] * len(self.coda))
+        assert len(cache.steps) == depth, "the cache was made for another depth"
 
         h = self.run_prelude(self.embed_tokens(ids), rotary, cache)
         for t in range(depth):
@@ -362,26 +306,24 @@ class Ouroboros(LanguageModel):
         return self.norm(h)
 
     def run_prelude(self, h, rotary, cache: LoopCache):
-        """[B, T, d] -> [B, T, d]. All of it is frozen, so autograd records nothing here."""
-        for layer, kv in zip(self.prelude, cache.prelude):
-            h = layer(h, rotary, kv)
+        """[B, T, d] -> [B, T, d]. Nothing is trained up to here, so autograd records nothing."""
+        for layer, layer_cache in zip(self.prelude, cache.prelude):
+            h = layer(h, rotary, layer_cache)
         return h
 
-    def loop_step(self, h, t: int, rotary, cache: StepCache | None = None):
+    def loop_step(self, h, t: int, rotary, step_cache: StepCache | None = None):
         """One step of the loop: the equations at the head of this file. [B, T, d] -> [B, T, d]"""
-        t = min(
-            t, self.depth - 1
-        )  # steps past the trained depth use the last trained step's embedding and norm
-        m = self.controller(self.pool(h, cache), t)
-        h_new = self.step_norm(self.recurrent(h, rotary, cache, self.modulated(m)), t)
+        # Steps beyond self.depth use the step embedding and the StepNorm of the last step that was trained.
+        t = min(t, self.depth - 1)
+
+        m = self.controller(self.pool(h, step_cache), t)
+        h_new = self.recurrent(h, rotary, step_cache, self.modulated_projection(m))
+        h_new = self.step_norm(h_new, t)
         g = self.gate(h_new, h)
         return torch.lerp(h, h_new, g)  # g * h_new + (1 - g) * h
 
-    def modulated(self, m: dict | None):
-        """The `project` of the recurrent layer under the diagonals m:
-
-        W_k x + (alpha/r) B_k diag(m_k) A_k x.
-        """
+    def modulated_projection(self, m: dict | None):
+        """The recurrent layer's `project` under the diagonals m: W_k x + (alpha/r) B_k diag(m_k) A_k x."""
         if m is None:
             return apply_projection
 
@@ -391,12 +333,16 @@ class Ouroboros(LanguageModel):
         return project
 
     def run_coda(self, h, rotary, cache: LoopCache):
-        """[B, T, d] -> [B, T, d]"""
-        for layer, kv in zip(self.coda, cache.coda):
-            h = layer(h, rotary, kv)
+        """[B, T, d] -> [B, T, d]. The coda is frozen, and gradients pass through it."""
+        for layer, layer_cache in zip(self.coda, cache.coda):
+            h = layer(h, rotary, layer_cache)
         return h
 
     def checked_depth(self, depth: int | None) -> int:
+        """`depth`, or the model's own if that is None.
+
+        Any depth from 1 on is allowed; UserError otherwise.
+        """
         if depth is None:
             return self.depth
         if depth < 1:
@@ -404,25 +350,26 @@ class Ouroboros(LanguageModel):
         return depth
 
     def new_cache(self, depth: int | None = None) -> LoopCache | None:
-        """An empty cache for generation with so many steps of the loop.
+        """An empty cache for generation with `depth` steps.
 
-        None for a pool that sees the future: there, a new token changes the states of all earlier ones.
+        None for a pool that sees the future: a new token then changes the states of all earlier ones.
         """
         if self.pool is sequence_mean:
             return None
+        depth = self.checked_depth(depth)
         return LoopCache(
             prelude=[KVCache() for _ in self.prelude],
-            steps=[StepCache() for _ in range(self.checked_depth(depth))],
+            steps=[StepCache() for _ in range(depth)],
             coda=[KVCache() for _ in self.coda],
         )
 
-    # -- the cut baseline, and what is trained
+    # -- The cut baseline, and what is trained and saved
 
     @property
     def cut(self) -> Qwen:
         """The cut baseline: a plain decoder of prelude, recurrent layer and coda. It shares all weights."""
         layers = [*self.prelude, self.recurrent, *self.coda]
-        with torch.device("meta"):  # no memory: every part is replaced
+        with torch.device("meta"):  # without memory, since every part is replaced
             cut = Qwen(replace(self.config, num_hidden_layers=len(layers)))
         cut.embed_tokens = self.embed_tokens
         cut.layers = nn.ModuleList(layers)
@@ -430,94 +377,127 @@ class Ouroboros(LanguageModel):
         cut.lm_head = self.lm_head
         return cut
 
+    PRETRAINED = ("embed_tokens.", "prelude.", "recurrent.", "coda.", "norm.", "lm_head.")
+
+    def pretrained_tensors(self) -> dict[str, torch.Tensor]:
+        """name -> tensor, of all that comes from the pretrained model."""
+        return {name: t for name, t in self.state_dict().items() if name.startswith(self.PRETRAINED)}
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """name -> tensor, of all else: the trained weights and the bases."""
+        return {name: t for name, t in self.state_dict().items() if not name.startswith(self.PRETRAINED)}
+
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """name -> parameter, of all that is trained."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    # -- saving and loading
-
-    def saved_tensors(self) -> dict[str, torch.Tensor]:
-        """name -> tensor, of all that is not the base's: the trained weights and the bases."""
-        trained = self.trained_parameters()
-        saved = {}
-        for name, tensor in self.state_dict().items():
-            if name in trained or name.startswith("lora."):
-                saved[name] = tensor
-        return saved
-
-    def base_fingerprint(self) -> str:
-        """A hash that tells whether a base is the one that this model was made from."""
-        return fingerprint({name: p for name, p in self.named_parameters() if not p.requires_grad})
-
     def save(self, folder, more_tensors: dict | None = None, **about):
-        """Write trained weights, bases and settings to folder/ouroboros.safetensors, whole or not at all.
+        """Write the trained weights, the bases and the settings to folder/ouroboros.safetensors.
 
-        more_tensors and about (JSON values): what else goes into the file.
+        more_tensors, about: what else the file is to hold; `about` must be JSON values.
         """
-        tensors = {**self.saved_tensors(), **(more_tensors or {})}
-        about["model"] = {
-            "class": type(self).__name__,
-            "base": self.source,
-            "fingerprint": self.base_fingerprint(),
-            "num_layers": self.config.num_hidden_layers,
-            "settings": self.settings,
-        }
-        write_checkpoint(folder, tensors, about)
+        save_model(self, folder, more_tensors, **about)
 
     @classmethod
     def load(cls, folder, base=None, dtype=torch.float32, device="cpu", checkpoint=None) -> "Ouroboros":
-        """The model that save() wrote to a folder. Only the kept layers of its base are read, and no SVD
-        is made.
+        """The model that save() wrote to a folder.
 
-        base: where the base is now, if it was moved. checkpoint: what read_checkpoint(folder) returned,
-        if it was read already. Raises UserError if the folder is damaged, the base is another model, or
-        the run is of another class than this one (patch.load_run opens any run).
+        base: where the pretrained model is now, if it was moved. checkpoint: the content of the file, if
+        read_checkpoint has read it already. Raises UserError if the folder or the pretrained model do not
+        fit.
         """
-        tensors, about = checkpoint or read_checkpoint(folder)
-        saved = about["model"]
-        if saved["class"] != cls.__name__:
-            raise UserError(
-                f"{folder} holds a {saved['class']}, not a {cls.__name__}; patch.load_run opens any run"
-            )
-
-        settings = saved["settings"]
-        first_of_coda = saved["num_layers"] - settings["coda"]
-        kept = {
-            *range(settings["prelude"]),
-            settings["recurrent"],
-            *range(first_of_coda, saved["num_layers"]),
-        }
-        model = cls(Qwen.from_pretrained(base or saved["base"], dtype, device, layers=kept), **settings)
-        if model.base_fingerprint() != saved["fingerprint"]:
-            raise UserError(
-                f"{base or saved['base']} is not the model on which {folder} was trained ({saved['base']})"
-            )
-
-        own = {}
-        for name, tensor in model.saved_tensors().items():
-            if name not in tensors or tensors[name].shape != tensor.shape:
-                raise UserError(
-                    f"{folder}: was saved by other code; it has no {name} of shape {list(tensor.shape)}"
-                )
-            own[name] = tensors[name]
-        model.load_state_dict(own, strict=False)
-        return model
+        return load_model(cls, folder, base, dtype, device, checkpoint)
 
 
-# ---- What is refused -------------------------------------------------------------------------------------
+# ---- Baselines and ablations -----------------------------------------------------------------------------
 
 
-def check_cut(num_layers: int, prelude: int, recurrent: int, coda: int):
-    """Raise UserError unless layers stay at both ends, the recurrent one lies between, and some layers go."""
+def sequence_mean(h, cache=None):
+    """The published pool(h): the mean over the whole sequence. [B, T, d] -> [B, 1, d]"""
+    return promote(h).mean(dim=1, keepdim=True).to(h.dtype)
+
+
+def no_pool(h, cache=None):
+    """The pool where the diagonals do not depend on h:
+
+    h itself, of which StaticModulation reads the type.
+    """
+    return h
+
+
+POOLS = {"prefix": prefix_mean, "sequence": sequence_mean}
+
+
+class StaticModulation(nn.Module):
+    """In the place of the Controller, a trained table [MAX_STEPS, 7, r] without an input -> {k: [r]}.
+
+    It is zero at the start.
+    """
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(MAX_STEPS, len(PROJECTIONS), rank))
+
+    def forward(self, pooled, t: int):
+        diagonals = self.table[t].to(pooled.dtype)
+        return dict(zip(PROJECTIONS, diagonals))
+
+
+class NoModulation(nn.Module):
+    """In the place of the Controller, nothing: the weights of the recurrent layer stay as they are."""
+
+    def forward(self, pooled, t: int):
+        return None
+
+
+class NoStepNorm(nn.Module):
+    """h_new stays as the layer returns it."""
+
+    def forward(self, h_new, t: int):
+        return h_new
+
+
+class NoGate(nn.Module):
+    """g = 1: h_new replaces h."""
+
+    def forward(self, h_new, h):
+        return 1.0
+
+
+# ---- Checks of the arguments -----------------------------------------------------------------------------
+
+
+def default_cut(num_layers: int) -> tuple[int, int, int]:
+    """(prelude, recurrent, coda) in the paper's proportions:
+
+    of 36 layers 8 and 8 are kept, 18 is looped.
+    """
+    ends = round(num_layers * 8 / 36)
+    return ends, num_layers // 2, ends
+
+
+def checked_cut(num_layers: int, prelude, recurrent, coda) -> tuple[int, int, int]:
+    """(prelude, recurrent, coda), with the defaults in the place of None.
+
+    Raises UserError unless layers are kept at both ends, the recurrent one lies between, and one is
+    removed.
+    """
+    default_prelude, default_recurrent, default_coda = default_cut(num_layers)
+    prelude = default_prelude if prelude is None else prelude
+    recurrent = default_recurrent if recurrent is None else recurrent
+    coda = default_coda if coda is None else coda
+
     first_of_coda = num_layers - coda
-    ends_stay = prelude >= 1 and coda >= 1
-    between = prelude <= recurrent < first_of_coda
-    some_go = first_of_coda - prelude > 1
-    if not (ends_stay and between and some_go):
+    ends_are_kept = prelude >= 1 and coda >= 1
+    recurrent_is_between = prelude <= recurrent < first_of_coda
+    some_are_removed = first_of_coda - prelude > 1
+    if not (ends_are_kept and recurrent_is_between and some_are_removed):
         raise UserError(
-            f"prelude {prelude}, recurrent {recurrent} (counted from 0), coda {coda} is no cut of "
-            f"{num_layers} layers: keep one before, one after, the recurrent one between, and let some go"
+            f"prelude {prelude}, recurrent {recurrent} (counted from 0), coda {coda} is not a cut of "
+            f"{num_layers} layers: keep at least one layer at each end, choose the recurrent one between "
+            "them, and remove at least one"
         )
+    return prelude, recurrent, coda
 
 
 def check_rank(layer, rank: int):

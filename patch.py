@@ -115,21 +115,21 @@ class Patched(Ouroboros):
         self.to(self.embed_tokens.weight.device)
 
     def run_prelude(self, h, rotary, cache):
-        for layer, adapter, kv in zip(self.prelude, self.prelude_adapters, cache.prelude):
-            h = layer(h, rotary, kv, adapter)
+        for layer, adapter, layer_cache in zip(self.prelude, self.prelude_adapters, cache.prelude):
+            h = layer(h, rotary, layer_cache, adapter)
         return self.seam_in(h)
 
-    def loop_step(self, h, t: int, rotary, cache=None):
+    def loop_step(self, h, t: int, rotary, step_cache=None):
         if not self.seams:
-            return super().loop_step(h, t, rotary, cache)
+            return super().loop_step(h, t, rotary, step_cache)
         t = min(t, self.depth - 1)
-        m = self.controller(self.pool(h, cache), t)
-        h_new = self.recurrent(h, rotary, cache, self.modulated(m))
+        m = self.controller(self.pool(h, step_cache), t)
+        h_new = self.recurrent(h, rotary, step_cache, self.modulated_projection(m))
         return torch.lerp(h, h_new, self.opening[t].to(h.dtype))  # h + o_t * (h_new - h)
 
-    def modulated(self, m: dict | None):
+    def modulated_projection(self, m: dict | None):
         """The recurrent layer's `project`: the modulation of the paper inside the layer's adapter."""
-        modulate = super().modulated(m)
+        modulate = super().modulated_projection(m)
 
         def project(projection, x, k):
             return self.recurrent_adapter(projection, x, k, apply=modulate)
@@ -138,8 +138,8 @@ class Patched(Ouroboros):
 
     def run_coda(self, h, rotary, cache):
         h = self.seam_out(h)
-        for layer, adapter, kv in zip(self.coda, self.coda_adapters, cache.coda):
-            h = layer(h, rotary, kv, adapter)
+        for layer, adapter, layer_cache in zip(self.coda, self.coda_adapters, cache.coda):
+            h = layer(h, rotary, layer_cache, adapter)
         return h
 
 

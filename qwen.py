@@ -1,28 +1,27 @@
-"""The Qwen2.5 decoder in plain PyTorch, from the rotation of one head to a pretrained model that writes
-text.
+"""The Qwen2.5 decoder in plain PyTorch: the model, its generation and its loading.
 
-Read from top to bottom: a config, the parts of a layer, the layer, the model, loading. One thing here is
-unusual. A layer takes an argument `project`, the function that applies its seven projections; ouroboros.py
-passes another one, and so changes a layer's weights without touching the layer.
+One thing here is unusual. A layer does not call its projections itself: where one would write linear(x),
+it calls project(linear, x, name), and `project` is an argument of the layer. By default project(linear,
+x, name) is linear(x). ouroboros.py passes a function that adds a low-rank update, which differs from
+position to position.
 
-Letters in shapes: B sequences, T tokens, d hidden_size, H attention heads, H_kv key-value heads, D
-head_dim, V vocab_size.
+Letters in shapes: B sequences, T tokens, S tokens including those in a cache (S >= T), d hidden_size,
+H attention heads, H_kv key-value heads, D head_dim, V vocab_size.
 """
 
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from device import promote
+from device import promote  # to float32, or float64 if it is that already
 from fast import attend_without_groups, fused_attention_fits, head_cross_entropy
 from hub import check_fit, full_name, read_config, read_tensors
-from hub import load_tokenizer as load_tokenizer  # part of what this file offers
+from hub import load_tokenizer as load_tokenizer  # for those who import it from here
 
-# The seven projections of a layer, in the order in which a forward pass applies them.
+# The names of the seven projections of a layer, as in a Hub checkpoint.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -40,7 +39,7 @@ class Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
-    attention_bias: bool = True  # whether the q, k and v projections have biases
+    attention_bias: bool = True  # of the q, k and v projections; loading finds it out from the weights
     eos_token_id: tuple[int, ...] = ()  # any of these ends a text
 
     @classmethod
@@ -52,30 +51,21 @@ class Config:
 # ---- Rotary positions ------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4)
-@torch.inference_mode(False)  # a table that generation made may serve a training step later
-def rotary_table(config: Config, length: int, device):
-    """The cosine and the sine, [length, D] each in float32, of the angle by which each position is rotated.
+def rotary_at(config: Config, first: int, length: int, device):
+    """The cosine and the sine, [length, D] each in float32, of the angles at positions first ..
+    first+length-1.
 
-    Position p rotates the pair of channels (i, i + D/2) of a head by p * theta^(-2i/D).
+    Position p rotates the pair of channels (i, i + D/2) of a head by the angle p * theta^(-2i/D).
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    position = torch.arange(length, device=device)
+    position = torch.arange(first, first + length, device=device)
     angle = position[:, None] * config.rope_theta**-exponent  # [length, D/2]
-    return angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
-
-
-def rotary_at(config: Config, first: int, length: int, device):
-    """The rows of the rotary table for the positions first .. first + length - 1."""
-    table_length = 1024
-    while table_length < first + length:
-        table_length *= 2  # few lengths, so that the cached tables serve every call
-    cos, sin = rotary_table(config, table_length, device)
-    return cos[first : first + length], sin[first : first + length]
+    angle = angle.repeat(1, 2)  # [length, D]: the same for both channels of a pair
+    return angle.cos(), angle.sin()
 
 
 def rotate_half(x):
-    """(a, b) -> (-b, a) for the two halves of the channels."""
+    """(a, b) -> (-b, a), where a and b are the two halves of the channels."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([-b, a], dim=-1)
 
@@ -83,7 +73,7 @@ def rotate_half(x):
 def rotate(x, rotary):
     """Rotate each pair (a, b) to (a cos - b sin, b cos + a sin). x [B, H, T, D] -> [B, H, T, D]"""
     cos, sin = rotary
-    return torch.addcmul(x * cos, rotate_half(x), sin).to(x.dtype)  # x cos + rotate_half(x) sin
+    return torch.addcmul(x * cos, rotate_half(x), sin).to(x.dtype)  # x cos + rotate_half(x) sin, in float32
 
 
 # ---- The parts of a layer --------------------------------------------------------------------------------
@@ -96,23 +86,31 @@ def attend(q, k, v):
     positions. H / H_kv query heads share a key-value head (grouped-query attention).
     """
     T, S = q.shape[2], k.shape[2]
-    if not fused_attention_fits(q, keys=S):  # the same result in another form, see fast.py
+    if not fused_attention_fits(q, S):
+        # On MPS, for short bfloat16 on a CPU and for float32 on CUDA: the same in another form (fast.py).
         return attend_without_groups(q, k, v)
-    if T == 1:  # one new token sees all keys
+    if T == 1:  # a single new token sees all keys
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     if T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # the general case: query i is at position S - T + i
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
 def apply_projection(projection: nn.Linear, x, name: str):
-    """The default for `project`: apply the projection as it is. x [B, T, in] -> [B, T, out]"""
+    """The default for `project`: apply the projection as it is. x [B, T, in] -> [B, T, out]
+
+    name, one of PROJECTIONS, is not used here. A function in the place of this one may need it.
+    """
     return projection(x)
 
 
 class KVCache:
-    """The keys and values of one layer call for the tokens so far, [B, H_kv, T, D] each."""
+    """The keys and values of the tokens so far, [B, H_kv, S, D] each, of one layer call.
+
+    A layer that is looped has one cache for each step of the loop.
+    """
 
     def __init__(self):
         self.keys = None
@@ -124,7 +122,7 @@ class KVCache:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def append(self, k, v):
-        """Add the keys and values of new tokens. Returns those of all tokens."""
+        """Add the keys and values of new tokens, [B, H_kv, T, D] each. Returns those of all tokens."""
         if self.keys is not None:
             k = torch.cat([self.keys, k], dim=2)
             v = torch.cat([self.values, v], dim=2)
@@ -145,6 +143,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=False)
 
+    def split_heads(self, y):
+        """[B, T, heads * D] -> [B, heads, T, D]"""
+        return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
     def forward(self, x, rotary, cache: KVCache | None = None, project=apply_projection):
         q = self.split_heads(project(self.q_proj, x, "q_proj"))  # [B, H, T, D]
         k = self.split_heads(project(self.k_proj, x, "k_proj"))  # [B, H_kv, T, D]
@@ -157,10 +159,6 @@ class Attention(nn.Module):
         y = attend(q, k, v)  # [B, H, T, D]
         y = y.transpose(1, 2).flatten(2)  # [B, T, H D]
         return project(self.o_proj, y, "o_proj")
-
-    def split_heads(self, y):
-        """[B, T, heads * D] -> [B, heads, T, D]"""
-        return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -214,73 +212,87 @@ class DecoderLayer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """What the plain and the looped model share: from hidden states to logits, to the loss and to text.
+    """What the plain and the looped model share: it turns hidden states into logits, a loss or text.
 
-    A subclass has config, embed_tokens and lm_head (None where the head is tied to the embedding), and
-    defines
-        hidden(ids, cache=None, **options): ids [B, T] -> normalised last hidden states [B, T, d]
-        new_cache(**options): an empty cache for hidden, or None if the model cannot use one
+    A subclass has the attributes config, embed_tokens and lm_head (None where the head is tied to the
+    embedding). **options are passed on to its hidden(): the looped model takes `depth`.
     """
 
+    def hidden(self, ids, cache=None, **options):
+        """ids [B, T] -> normalised last hidden states [B, T, d].
+
+        With a cache, ids follow the tokens in it.
+        """
+        raise NotImplementedError
+
+    def new_cache(self, **options):
+        """An empty cache for hidden(); None if the model cannot use one."""
+        raise NotImplementedError
+
     @property
-    def head(self):
-        """The weight of the language-model head, [V, d]."""
+    def head_weight(self):
+        """The matrix that turns hidden states into logits, [V, d]."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, ids, **options):
         """ids [B, T] int64 -> logits [B, T, V]"""
-        return F.linear(self.hidden(ids, **options), self.head)
+        return F.linear(self.hidden(ids, **options), self.head_weight)
 
     def loss(self, ids, targets, **options):
-        """The mean cross entropy, in nats, of targets [B, T], which are already aligned with ids [B, T].
+        """The mean cross entropy, in nats. ids and targets: [B, T] each.
 
-        A target of -100 does not count. The same as F.cross_entropy on the logits, in less memory
-        (fast.py).
+        targets[:, i] is the token that should follow ids[:, i]; the caller has shifted them (Batches in
+        data.py). A target of -100 does not count.
         """
-        h = self.hidden(ids, **options)
-        return head_cross_entropy(h.flatten(0, 1), self.head, targets.flatten())
+        h = self.hidden(ids, **options)  # [B, T, d]
+        # F.cross_entropy(F.linear(h, head_weight).flatten(0, 1), targets.flatten()), in less memory (fast.py)
+        return head_cross_entropy(h.flatten(0, 1), self.head_weight, targets.flatten())
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens=32, temperature=0.0, **options):
         """Continue prompts of one length: ids [B, T] -> [B, T + n] with n <= max_new_tokens.
 
-        Takes the likeliest token at temperature 0 and samples otherwise. Stops when every text has met an
-        end token of the config; a text that met one earlier is filled up with the first end token.
+        Takes the likeliest token at temperature 0 and samples otherwise. Stops when every text has
+        produced one of the config's end tokens; texts that ended earlier are padded with the first of
+        these.
         """
-        ends = torch.tensor(self.config.eos_token_id, device=ids.device)
-        filler = self.config.eos_token_id[0] if self.config.eos_token_id else 0
+        ends = torch.tensor(self.config.eos_token_id, dtype=torch.int64, device=ids.device)
+        padding = self.config.eos_token_id[0] if self.config.eos_token_id else 0
         done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
 
         cache = self.new_cache(**options)
-        new = ids  # the tokens that the model has not seen yet
+        unseen = ids  # the tokens that are not in the cache yet
         for _ in range(max_new_tokens):
-            h = self.hidden(new, cache=cache, **options)
-            logits = promote(F.linear(h[:, -1], self.head))  # [B, V]
+            h = self.hidden(unseen, cache=cache, **options)
+            logits = promote(F.linear(h[:, -1], self.head_weight))  # [B, V]
             if temperature > 0:
-                new = torch.multinomial((logits / temperature).softmax(-1), num_samples=1)  # [B, 1]
+                token = torch.multinomial((logits / temperature).softmax(-1), num_samples=1)  # [B, 1]
             else:
-                new = logits.argmax(-1, keepdim=True)
+                token = logits.argmax(-1, keepdim=True)
 
-            new = torch.where(done, filler, new)
-            done = done | torch.isin(new, ends)
-            ids = torch.cat([ids, new], dim=1)
+            token = torch.where(done, padding, token)
+            done = done | torch.isin(token, ends)
+            ids = torch.cat([ids, token], dim=1)
             if done.all():
                 break
-            if cache is None:
-                new = ids  # without a cache, the model reads everything again
+            unseen = ids if cache is None else token
         return ids
 
 
-class Qwen(LanguageModel):
-    """The Qwen2.5 decoder:
+class NotLoaded(nn.Module):
+    """In the place of a layer that was not loaded."""
 
-    ids [B, T] -> logits [B, T, V]. Its modules have the names of a Hub checkpoint.
+
+class Qwen(LanguageModel):
+    """The Qwen2.5 decoder. ids [B, T] -> logits [B, T, V]
+
+    Its modules have the names of a Hub checkpoint, without the prefix "model.".
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.source = None  # the folder or Hub name that the weights came from
+        self.source = None  # the folder or Hub name of the weights; a saved Ouroboros refers to it
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -292,28 +304,29 @@ class Qwen(LanguageModel):
         return [KVCache() for _ in self.layers]
 
     def hidden(self, ids, cache: list[KVCache] | None = None):
-        """ids [B, T] -> normalised last hidden states [B, T, d].
-
-        With a cache, ids follow the tokens in it.
-        """
-        first = cache[0].length if cache else 0
+        first = 0 if cache is None else cache[0].length
         rotary = rotary_at(self.config, first, ids.shape[1], ids.device)
+        if cache is None:
+            cache = [None] * len(self.layers)
 
         x = self.embed_tokens(ids)  # [B, T, d]
-        for layer, kv in zip(self.layers, cache or [None] * len(self.layers)):
-            x = layer(x, rotary, kv)
+        for layer, layer_cache in zip(self.layers, cache):
+            x = layer(x, rotary, layer_cache)
         return self.norm(x)
 
     @classmethod
     def from_pretrained(cls, folder_or_repo, dtype=torch.float32, device="cpu", layers=None) -> "Qwen":
-        """Load the weights of a folder, of a Hub repository or of the built-in "tiny", frozen.
+        """Load and freeze the weights of a folder, of a Hub repository, or of "tiny", which is in this
+        repository.
 
-        layers: the numbers of the layers to load (default: all); a NotLoaded takes the place of the others.
-        Raises UserError for a checkpoint that this decoder cannot run, and for a damaged one.
+        layers: the numbers of the layers to load, by default all. A saved Ouroboros does not need those
+        that it has removed; a NotLoaded takes their place. Raises UserError for a checkpoint that is
+        damaged or that this decoder cannot run.
         """
         config = Config.from_pretrained(folder_or_repo)
-        if layers is None:
-            layers = range(config.num_hidden_layers)
+        left_out = set()
+        if layers is not None:
+            left_out = set(range(config.num_hidden_layers)) - set(layers)
 
         def needed(name: str) -> bool:
             if name.endswith("rotary_emb.inv_freq"):  # a constant that older checkpoints store
@@ -321,24 +334,19 @@ class Qwen(LanguageModel):
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 return False
             layer = re.match(r"model\.layers\.(\d+)\.", name)
-            return layer is None or int(layer[1]) in layers or int(layer[1]) >= config.num_hidden_layers
+            return layer is None or int(layer[1]) not in left_out
 
         tensors = {}
         for name, tensor in read_tensors(folder_or_repo, needed, dtype, device).items():
             tensors[name.removeprefix("model.")] = tensor
 
         biases = any(name.endswith("q_proj.bias") for name in tensors)
-        with torch.device("meta"):  # shapes without memory: the loaded tensors take the places
+        with torch.device("meta"):  # shapes without memory, until the loaded tensors are assigned
             model = cls(replace(config, attention_bias=biases))
-            for i in range(config.num_hidden_layers):
-                if i not in layers:
-                    model.layers[i] = NotLoaded()
+        for i in left_out:
+            model.layers[i] = NotLoaded()
         check_fit(folder_or_repo, model.state_dict(), tensors)
-        model.requires_grad_(False)
         model.load_state_dict(tensors, assign=True)
+        model.requires_grad_(False)
         model.source = full_name(folder_or_repo)
         return model.eval()
-
-
-class NotLoaded(nn.Module):
-    """In the place of a layer that was not asked for."""

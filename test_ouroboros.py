@@ -1,6 +1,7 @@
 """The equations of ouroboros.py as tests, in its order. Everything else that is tested is in tests/.
 
-The models here are small and random (tests/helpers.py): 6 layers of width 32, cut to 2 + 1 + 2, rank 4, depth 3.
+The models here are small and random (tests/helpers.py): 6 layers of width 32, cut to 2 + 1 + 2, rank 4,
+depth 3.
 """
 
 import math
@@ -50,9 +51,12 @@ def rotated(x, position):
 
 
 def controller_by_hand(controller, pooled, t):
-    """p = silu(W x + b); z = silu(W [p; e_t] + b); z = silu(W z + b); m_k = head_k z. pooled [d] -> m [7, r]"""
+    """p = silu(W x + b); z = silu(W [p; e_t] + b); z = silu(W z + b); m_k = head_k z.
+
+    pooled [d] -> m [7, r]
+    """
     p = silu(controller.reduce.weight @ pooled + controller.reduce.bias)
-    joined = torch.cat([p, controller.step.weight[t]])
+    joined = torch.cat([p, controller.step_embedding.weight[t]])
     z = silu(controller.join.weight @ joined + controller.join.bias)
     z = silu(controller.narrow.weight @ z + controller.narrow.bias)
     return (controller.heads.weight @ z).view(len(PROJECTIONS), -1)
@@ -122,7 +126,7 @@ def written_out(model, ids):
 
     for layer in layers[len(layers) - settings["coda"] :]:
         h = layer_by_hand(layer, [plain_weights(layer)] * len(ids), h)
-    return torch.stack([model.head @ rms_norm(x, model.norm.weight) for x in h])
+    return torch.stack([model.head_weight @ rms_norm(x, model.norm.weight) for x in h])
 
 
 @torch.no_grad()
@@ -283,7 +287,7 @@ def test_steps_past_the_trained_depth_use_the_last_trained_steps_embedding_and_n
     ids = tokens()
     before = model(ids, depth=5)
     with torch.no_grad():
-        model.controller.step.weight[3:] += 1
+        model.controller.step_embedding.weight[3:] += 1
         model.step_norm.weight[3:] += 1
         assert torch.equal(model(ids, depth=5), before)
         model.step_norm.weight[2] += 1

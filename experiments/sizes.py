@@ -1,13 +1,15 @@
-"""The README's table of Qwen2.5 sizes: python experiments/sizes.py [--depth 8 --rank 32 --batch-size 2 --seq-len 2048]
+"""Print the table of Qwen2.5 sizes, with the memory that training takes: python experiments/sizes.py
 
-Nothing is downloaded or computed: a training step runs on torch's meta device and the bytes alive are counted: frozen
-weights in bf16, trained weights with gradient and two moments in float32, and every tensor of forward and backward. It
-is the step without torch.compile, with a stand-in for CUDA's fused attention, which keeps no scores.
+Nothing is downloaded or computed. A training step runs on torch's meta device, and the bytes that are alive
+are counted: the frozen weights in bfloat16, the trained weights with their gradients and two moments in
+float32, and every tensor of the forward and the backward pass. The step is the one without torch.compile. A
+stand-in takes the place of CUDA's fused attention, which keeps no scores.
 """
 
 import argparse
 import sys
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,24 +17,58 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import qwen as qwen_module
+from fast import recompute_activations
+from files import exit_on_user_error
 from ouroboros import Ouroboros
+from patch import Patched
 from qwen import Config, Qwen
 
-# size: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied head, licence of the weights
+
+@dataclass(frozen=True)
+class Size:
+    """The shape of one of the published models, and the licence of its weights."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    licence: str
+
+    @property
+    def config(self) -> Config:
+        return Config(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.hidden_size // self.num_attention_heads,
+            tie_word_embeddings=self.tie_word_embeddings,
+        )
+
+
 SIZES = {
-    "0.5B": (896, 4864, 24, 14, 2, 151936, True, "Apache-2.0"),
-    "1.5B": (1536, 8960, 28, 12, 2, 151936, True, "Apache-2.0"),
-    "3B": (2048, 11008, 36, 16, 2, 151936, True, "Qwen Research"),
-    "7B": (3584, 18944, 28, 28, 4, 152064, False, "Apache-2.0"),
-    "14B": (5120, 13824, 48, 40, 8, 152064, False, "Apache-2.0"),
-    "32B": (5120, 27648, 64, 40, 8, 152064, False, "Apache-2.0"),
-    "72B": (8192, 29568, 80, 64, 8, 152064, False, "Qwen"),
+    "0.5B": Size(896, 4864, 24, 14, 2, 151936, True, "Apache-2.0"),
+    "1.5B": Size(1536, 8960, 28, 12, 2, 151936, True, "Apache-2.0"),
+    "3B": Size(2048, 11008, 36, 16, 2, 151936, True, "Qwen Research"),
+    "7B": Size(3584, 18944, 28, 28, 4, 152064, False, "Apache-2.0"),
+    "14B": Size(5120, 13824, 48, 40, 8, 152064, False, "Apache-2.0"),
+    "32B": Size(5120, 27648, 64, 40, 8, 152064, False, "Apache-2.0"),
+    "72B": Size(8192, 29568, 80, 64, 8, 152064, False, "Qwen"),
 }
+
+# ---- Counting bytes --------------------------------------------------------------------------------------
 
 
 class FusedAttention(torch.autograd.Function):
-    """Keeps for its backward what CUDA's kernel keeps."""
+    """A stand-in for CUDA's fused attention. It keeps for the backward pass what that kernel keeps."""
+
     @staticmethod
     def forward(ctx, q, k, v):
         y = torch.empty_like(q)
@@ -41,74 +77,134 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+        q, k, v, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of all tensors alive, and the most there were."""
+class PeakMemory(TorchDispatchMode):
+    """A context that counts the bytes of all tensors alive in it, and the most that there were.
+
+    tensors: those that are alive already.
+    """
+
     def __init__(self, tensors):
         super().__init__()
-        self.alive, self.now, self.peak = set(), 0, 0
+        self.alive = set()  # the storages that are counted
+        self.bytes_now = 0
+        self.peak = 0
         self.add(tensors)
 
     def add(self, tensors):
-        for storage in (t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)):
-            if storage._cdata not in self.alive:
-                self.alive.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                self.add_storage(tensor.untyped_storage())
+        self.peak = max(self.peak, self.bytes_now)
 
-    def remove(self, key, size):
+    def add_storage(self, storage):
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive.add(key)
+            self.bytes_now += storage.nbytes()
+            weakref.finalize(storage, self.remove, key, storage.nbytes())
+
+    def remove(self, key, size: int):
         self.alive.discard(key)
-        self.now -= size
+        self.bytes_now -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.add(tree_leaves(out))
-        return out
+        output = function(*args, **(kwargs or {}))
+        self.add(tree_leaves(output))
+        return output
 
 
-def training_peak(model, batch_size: int, seq_len: int) -> int:
-    """Bytes at the peak of a training step."""
+def training_peak(model: Ouroboros, batch_size: int, seq_len: int) -> int:
+    """The bytes that are alive at the peak of a training step."""
     optimizer = torch.optim.AdamW(model.trained_parameters().values())
 
-    def step():
+    def training_step():
         ids = torch.zeros(batch_size, seq_len, dtype=torch.int64, device="meta")
         model.loss(ids, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # makes the moments
-    moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
-    with Peak([*model.parameters(), *model.buffers(), *moments]) as peak:
-        step()
-    return peak.peak
+    training_step()  # makes the moments
+    tensors = [*model.parameters(), *model.buffers()]
+    for state in optimizer.state.values():
+        tensors += state.values()
+    with PeakMemory(tensors) as memory:
+        training_step()
+    return memory.peak
+
+
+# ---- The table -------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "size",
+    "layers: kept",
+    "whole model, bf16",
+    "trained parameters",
+    "training",
+    "with activation checkpointing",
+    "`--patch`: trained parameters",
+    "training",
+    "its licence",
+)
+
+
+def row_of(name: str, size: Size, args) -> list[str]:
+    """The cells of a size under COLUMNS."""
+    with torch.device("meta"):
+        qwen = Qwen(size.config).to(torch.bfloat16)
+        model = Ouroboros(qwen, rank=args.rank, depth=args.depth)
+        patched = Patched(qwen, depth=1, modulation="none")
+    bytes_of_all = 2 * count(qwen.parameters())
+    del qwen  # and with it the layers that were cut out
+
+    peak = training_peak(model, args.batch_size, args.seq_len)
+    patched_peak = training_peak(patched, args.batch_size, args.seq_len)
+    recompute_activations(model)  # last, because the patched model shares the layers
+    recomputed_peak = training_peak(model, args.batch_size, args.seq_len)
+
+    return [
+        name,
+        f"{size.num_hidden_layers}: {len(model.prelude)} + 1 + {len(model.coda)}",
+        gigabytes(bytes_of_all),
+        f"{count(model.trained_parameters().values()):,}",
+        gigabytes(peak),
+        gigabytes(recomputed_peak),
+        f"{count(patched.trained_parameters().values()):,}",
+        gigabytes(patched_peak),
+        size.licence,
+    ]
+
+
+def count(parameters) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def print_row(cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("depth", 8), ("rank", 32), ("batch-size", 2), ("seq-len", 2048)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    option = parser.add_argument
+    option("--depth", type=int, default=8, help="The number of steps of the loop. Default: 8.")
+    option("--rank", type=int, default=32, help="The rank of the SVD LoRA. Default: 32.")
+    option("--batch-size", type=int, default=2, help="The number of sequences in a step. Default: 2.")
+    option("--seq-len", type=int, default=2048, help="The number of tokens in a sequence. Default: 2048.")
     args = parser.parse_args()
+
     qwen_module.attend = FusedAttention.apply
-    print("| size | layers: kept | whole model, bf16 | trained parameters | training | with activation checkpointing "
-          "| `--patch`: trained parameters | training | its licence |\n|" + "---|" * 9)
-    for size, (d, inner, layers, heads, kv_heads, vocabulary, tied, licence) in SIZES.items():
-        config = Config(vocabulary, d, inner, layers, heads, kv_heads, d // heads, tie_word_embeddings=tied)
-        with torch.device("meta"):
-            qwen = Qwen(config).to(torch.bfloat16)
-            model = Ouroboros(qwen, rank=args.rank, depth=args.depth)
-            patched = Ouroboros(qwen, depth=1, modulation="none", patch=True, train_coda="all")
-        whole = 2 * sum(p.numel() for p in qwen.parameters())
-        del qwen
-        cells = [f"{layers}: {len(model.prelude)} + 1 + {len(model.coda)}", f"{whole / 1e9:.1f} GB"]
-        for each, ways in ((model, (False, True)), (patched, (False,))):
-            cells.append(f"{sum(p.numel() for p in each.trained_parameters().values()):,}")
-            for each.checkpointing in ways:
-                cells.append(f"{training_peak(each, args.batch_size, args.seq_len) / 1e9:.1f} GB")
-        print("|", " | ".join([size, *cells, licence]), "|")
+    print_row(COLUMNS)
+    print("|" + "---|" * len(COLUMNS))
+    for name, size in SIZES.items():
+        print_row(row_of(name, size, args))
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

@@ -1,0 +1,25 @@
+"""Fixtures that several files share."""
+
+import pytest
+from helpers import make_pretrained
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """The cache of the tests and of the programs that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """A cache for one test alone. Returns its folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ouroboros"
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """The folder of a small random model, with a text beside it in text.txt."""
+    return make_pretrained(tmp_path)

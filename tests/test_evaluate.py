@@ -1,0 +1,85 @@
+"""evaluate.py: losses on fixed samples of text, those of the baselines measured only once."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TOKENIZER, looped, small_tokenizer
+
+from data import Batches, TextSource
+from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns, gap_recovered
+from ouroboros import Ouroboros
+from qwen import Qwen
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def options():
+    return Namespace(seq_len=16, eval_sequences=5, batch_size=2)
+
+
+@pytest.fixture
+def columns(pretrained):
+    source = TextSource(pretrained.parent / "text.txt")
+    return {
+        "train": Batches(source, "train", TOKENIZER, 16, seed=EVALUATION_SEED),
+        "held-out": Batches(source, "val", TOKENIZER, 16, seed=EVALUATION_SEED),
+    }
+
+
+def test_a_loss_is_the_mean_over_the_sequences_whatever_the_batch_size(pretrained, columns):
+    model = looped(Qwen.from_pretrained(pretrained), rank=4, depth=2)
+    ids, targets = columns["held-out"].batch(0, 5)
+    expected = model.loss(ids, targets).item()
+    for batch_size in (1, 2, 5, 8):
+        loss = evaluate(model.loss, columns["held-out"], 5, batch_size, CPU)
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_evaluation_leaves_no_gradient(pretrained, columns, options):
+    model = looped(Qwen.from_pretrained(pretrained), rank=4, depth=2)
+    evaluate_columns(model.loss, columns, options, CPU)
+    for p in model.parameters():
+        assert p.grad is None
+
+
+def test_the_baselines_are_the_full_and_the_cut_model(pretrained, columns, options, empty_cache):
+    qwen = Qwen.from_pretrained(pretrained)
+    model = looped(qwen, rank=4)
+    losses = evaluate_baselines(model, qwen, columns, options, CPU)
+    assert losses["full"] == evaluate_columns(qwen.loss, columns, options, CPU)
+    assert losses["cut"] == evaluate_columns(model.cut.loss, columns, options, CPU)
+    assert losses["full"] != losses["cut"]
+
+
+def test_the_baselines_are_measured_once_and_then_kept(
+    pretrained, columns, options, empty_cache, monkeypatch
+):
+    model = looped(Qwen.from_pretrained(pretrained), rank=4)
+    losses = evaluate_baselines(model, None, columns, options, CPU)  # where the full model is not loaded
+    (path,) = empty_cache.glob("baselines/*.json")
+    assert json.loads(path.read_text()) == losses
+
+    monkeypatch.setattr(Qwen, "hidden", lambda *_: pytest.fail("measured again"))
+    assert evaluate_baselines(model, None, columns, options, CPU) == losses
+
+    def assert_measured_again(model, columns, options):
+        with pytest.raises(pytest.fail.Exception):
+            evaluate_baselines(model, None, columns, options, CPU)
+
+    another_cut = Ouroboros(Qwen.from_pretrained(pretrained), prelude=2, recurrent=3, coda=1, rank=4)
+    assert_measured_again(another_cut, columns, options)
+    assert_measured_again(model, columns, Namespace(**{**vars(options), "eval_sequences": 6}))
+    source = TextSource(Path(pretrained.parent / "text.txt"))
+    other_tokens = Batches(source, "val", small_tokenizer(350), 16, seed=EVALUATION_SEED)
+    assert_measured_again(model, {**columns, "held-out": other_tokens}, options)
+
+
+def test_the_gap_recovered_is_the_share_of_the_way_from_the_cut_to_the_full_model():
+    results = {"full": {"held-out": 2.0}, "cut": {"held-out": 4.0}, "ouroboros": {"held-out": 2.5}}
+    assert gap_recovered(results, "held-out") == 0.75
+    results["ouroboros"]["held-out"] = 4.5
+    assert gap_recovered(results, "held-out") == -0.25

@@ -1,0 +1,168 @@
+"""Generation: the cache changes no token, a text ends where it should, and sample.py continues a prompt."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import (
+    SETTINGS,
+    SMALL,
+    TOKENIZER,
+    assert_refused_at_once,
+    greedy_without_cache,
+    looped,
+    move_trained_weights,
+    run,
+    small_model,
+    small_qwen,
+    succeed,
+    tokens,
+)
+
+from ouroboros import Ouroboros
+from qwen import Qwen
+
+# ---- The cache -------------------------------------------------------------------------------------------
+
+
+def model_named(name: str, dtype=torch.float32):
+    """A plain decoder, the cut of a looped model, or a looped model with the settings of this name."""
+    if name == "plain":
+        return small_qwen(dtype=dtype)
+    if name == "cut":
+        return small_model(dtype).cut
+    return small_model(dtype, **SETTINGS[name])
+
+
+def sample(model, prompts, n: int, **options):
+    """n tokens drawn with seed 0 at a temperature at which they vary. [B, T] -> [B, n]"""
+    torch.manual_seed(0)
+    return model.generate(prompts, n, temperature=3.0, **options)[:, prompts.shape[1] :]
+
+
+def sample_without_cache(model, prompts, n: int, **options):
+    """The same, where the model reads everything again for each token."""
+    torch.manual_seed(0)
+    ids = prompts
+    for _ in range(n):
+        p = (model(ids, **options)[:, -1] / 3.0).softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(p, 1)], dim=1)
+    return ids[:, prompts.shape[1] :]
+
+
+@pytest.mark.parametrize("name", ["plain", "cut"])
+def test_the_cache_changes_no_token_of_a_plain_model(name):
+    model = model_named(name, torch.float64)
+    prompts = tokens()
+    assert torch.equal(model.generate(prompts, 12), greedy_without_cache(model, prompts, 12))
+    drawn = sample(model, prompts, 12)
+    assert torch.equal(drawn, sample_without_cache(model, prompts, 12))
+    assert len(drawn.unique()) > 5
+
+
+@pytest.mark.parametrize("depth", [1, 3, 5])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_cache_changes_no_token_of_the_looped_model(name, depth):
+    model = model_named(name)
+    prompts = tokens()
+    expected = greedy_without_cache(model, prompts, 12, depth=depth)
+    assert torch.equal(model.generate(prompts, 12, depth=depth), expected)
+
+    model = model_named(name, torch.float64)
+    drawn = sample(model, prompts, 12, depth=depth)
+    assert torch.equal(drawn, sample_without_cache(model, prompts, 12, depth=depth))
+    assert len(drawn.unique()) > 5
+
+
+def test_the_cache_changes_no_token_of_a_trained_model():
+    """Its likeliest tokens vary, while those of a random model hardly do."""
+    model = Ouroboros(Qwen.from_pretrained("tiny"), rank=4, depth=3)
+    move_trained_weights(model, 0.01)
+    prompts = tokens(vocabulary=4096)
+    generated = model.generate(prompts, 12)
+    assert torch.equal(generated, greedy_without_cache(model, prompts, 12))
+    assert len(generated[:, 12:].unique()) > 5
+
+
+@pytest.mark.parametrize("name", ["plain", "cut", *SETTINGS])
+def test_a_cache_can_be_fed_in_pieces(name):
+    model = model_named(name, torch.float64)
+    cache = model.new_cache()
+    if name == "sequence pool":  # there, a new token changes the states of all earlier ones
+        assert cache is None
+        return
+
+    ids = tokens(T=11)
+    logits = [model(piece, cache=cache) for piece in ids.split([4, 1, 6], dim=1)]
+    assert torch.allclose(torch.cat(logits, dim=1), model(ids), atol=1e-9)
+
+
+# ---- The end of a text -----------------------------------------------------------------------------------
+
+
+def test_generation_stops_at_an_end_token():
+    prompt = tokens(B=1)
+    free = sample(small_qwen(), prompt, 12)[0].tolist()
+    end = free[3]
+    assert end not in free[:3]
+    ending = small_qwen(config=replace(SMALL, eos_token_id=(96, end)))
+    assert sample(ending, prompt, 12)[0].tolist() == free[:4]
+
+
+def test_a_text_that_has_ended_is_filled_up_while_others_go_on():
+    prompts = tokens(B=2)
+    free = sample(small_qwen(), prompts, 12).tolist()
+    end = free[0][3]
+    assert end not in free[0][:3] + free[0][4:]
+    assert end not in free[1]
+
+    ending = small_qwen(config=replace(SMALL, eos_token_id=(end, 96)))
+    first, second = sample(ending, prompts, 12).tolist()
+    assert first == free[0][:4] + [end] * 8
+    assert 96 not in free[1]
+    assert second == free[1]
+
+
+# ---- Temperature -----------------------------------------------------------------------------------------
+
+
+def test_a_high_temperature_varies_and_a_low_one_takes_the_likeliest_token():
+    qwen = small_qwen()
+    prompt = tokens(B=1)
+    torch.manual_seed(0)
+    draws = torch.cat([qwen.generate(prompt, 4, temperature=5.0) for _ in range(5)])
+    assert len(draws.unique(dim=0)) > 1
+    assert torch.equal(qwen.generate(prompt, 4, temperature=1e-4), qwen.generate(prompt, 4))
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_temperature():
+    qwen = small_qwen()
+    prompt = tokens(B=1, T=2)
+    expected = (qwen(prompt)[0, -1] / 3.0).softmax(-1)
+    torch.manual_seed(0)
+    drawn = qwen.generate(prompt.expand(20_000, -1), 1, temperature=3.0)[:, -1]
+    shares = torch.bincount(drawn, minlength=SMALL.vocab_size) / 20_000
+    assert (shares - expected).abs().max() < 0.012  # about four standard errors of the likeliest token
+
+
+# ---- sample.py -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["whole", "patched"])
+def test_sample_continues_a_prompt_with_a_saved_model(name, pretrained, tmp_path):
+    model = looped(Qwen.from_pretrained(pretrained), rank=4, depth=2, **SETTINGS[name])
+    model.save(tmp_path / "run")
+    ids = torch.tensor([TOKENIZER.encode("doc1 doc1").ids])
+    expected = TOKENIZER.decode(model.generate(ids, 9, depth=3)[0].tolist())
+
+    options = ["--prompt", "doc1 doc1", "--max-new-tokens", 9, "--depth", 3, "--device", "cpu"]
+    assert succeed("sample.py", tmp_path / "run", *options) == expected + "\n"
+
+
+def test_sample_refuses_an_empty_prompt_and_takes_a_base_that_was_moved(pretrained, tmp_path):
+    looped(Qwen.from_pretrained(pretrained), rank=4, depth=2).save(tmp_path / "run")
+    moved = pretrained.rename(tmp_path / "moved")
+    empty = run("sample.py", tmp_path / "run", "--prompt", "", "--model", moved)
+    assert_refused_at_once(empty, "--prompt is empty")
+    lost = run("sample.py", tmp_path / "run", "--prompt", "doc1")
+    assert_refused_at_once(lost, "no such folder")

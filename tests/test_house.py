@@ -1,0 +1,82 @@
+"""The house stays in shape: imports run one way, and what few need is imported late."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+# Each file imports only from files before it.
+ORDER = [
+    "files",
+    "device",
+    "hub",
+    "checkpoint",
+    "fast",
+    "qwen",
+    "saving",
+    "ouroboros",
+    "patch",
+    "data",
+    "evaluate",
+    "report",
+    "options",
+    "processes",
+    "plot",
+    "train",
+    "sample",
+]
+PROGRAMS = {"train", "sample"}  # these are imported by no file
+
+
+def imported_by(name: str) -> set[str]:
+    """The names of the top-level modules that a file imports, inside functions too."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                modules.add(alias.name.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}.py has a relative import"
+            modules.add(node.module.split(".")[0])
+    return modules
+
+
+def test_every_file_has_a_place_in_the_order():
+    files = {path.stem for path in ROOT.glob("*.py") if not path.stem.startswith("test_")}
+    assert files == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_from_files_before_it(name):
+    ours = imported_by(name).intersection(ORDER)
+    allowed = set(ORDER[: ORDER.index(name)]) - PROGRAMS
+    assert ours <= allowed
+    assert "experiments" not in imported_by(name)
+    assert "tests" not in imported_by(name)
+
+
+def modules_after(statement: str) -> dict[str, str]:
+    """module -> its file, of all that a new Python has loaded after this statement."""
+    code = f"""if True:
+        import json, sys
+        {statement}
+        files = {{}}
+        for name, module in list(sys.modules.items()):
+            files[name] = str(getattr(module, "__file__", None))
+        print(json.dumps(files))"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(result.stdout)
+
+
+def test_importing_the_programs_brings_no_experiments_matplotlib_or_transformers():
+    modules = modules_after("import qwen, ouroboros, patch, train, sample")
+    assert "torch" in modules
+    for name, file in modules.items():
+        assert name.split(".")[0] not in ("experiments", "matplotlib", "transformers", "plot"), name
+        assert not file.startswith(str(ROOT / "experiments")), name

@@ -1,0 +1,325 @@
+"""The files of a model, from a folder and from a Hub on this machine: they work, or one line says why not."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    TOKENIZER,
+    assert_same_end,
+    flip_a_bit,
+    folder_of,
+    greedy_without_cache,
+    looped,
+    move_trained_weights,
+    quick_run,
+    shard,
+    small_qwen,
+    small_tokenizer,
+    succeed,
+    tokens,
+    works,
+    write_shard,
+)
+from tokenizers import Tokenizer
+
+from data import FINEWEB, GPT2, GPT2_END_OF_TEXT
+from files import UserError
+from hub import load_tokenizer
+from patch import load_run
+from qwen import Config, Qwen
+
+# ---- A Hub on this machine -------------------------------------------------------------------------------
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves folder/REPO/FILE. It hangs up drops[FILE] times in the middle of FILE."""
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.folder = folder
+        self.drops = {}
+        self.requests = []  # the path of each
+        self.resumed = []  # the names of the files that were asked for from the middle on
+        self.env = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
+            "HF_HOME": str(folder.parent / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "no_proxy": "127.0.0.1",
+        }
+
+
+class Answer(BaseHTTPRequestHandler):
+    """The answer to one request to the Hub."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def log_message(self, *_):
+        """The requests are not printed."""
+
+    def answer(self, with_body: bool):
+        self.server.requests.append(self.path)
+        repo, _, name = self.path.removeprefix("/datasets").partition("/resolve/main/")
+        path = self.server.folder / repo.strip("/") / name
+        if not path.parent.is_dir():
+            self.refuse("RepoNotFound")
+        elif not path.is_file():
+            self.refuse("EntryNotFound")
+        else:
+            self.send_file(name, path.read_bytes(), with_body)
+
+    def refuse(self, code: str):
+        self.send_response(404)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def send_file(self, name: str, content: bytes, with_body: bool):
+        first = int(re.findall(r"\d+", self.headers.get("Range", "0"))[0])
+        if first > 0:
+            self.server.resumed.append(name)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("X-Repo-Commit", "c0ffee" + "0" * 34)
+        self.send_header("ETag", f'"{name}-{len(content)}"')
+        self.send_header("Content-Length", str(len(content) - first))
+        self.end_headers()
+
+        if not with_body:
+            return
+        if self.server.drops.get(name):
+            self.server.drops[name] -= 1
+            self.wfile.write(content[first:11_000_000])
+            self.close_connection = True
+        else:
+            self.wfile.write(content[first:])
+
+
+@pytest.fixture
+def hub(pretrained, tmp_path):
+    """A Hub with a sharded model, GPT-2's tokenizer and FineWeb-Edu's token shards, all small."""
+    folder = tmp_path / "hub"
+    shutil.copytree(pretrained, folder / "someone" / "model")
+    shard(folder / "someone" / "model")
+
+    content = json.loads(small_tokenizer(350).to_str())
+    content["model"]["vocab"]["<|endoftext|>"] = GPT2_END_OF_TEXT
+    content["added_tokens"][0]["id"] = GPT2_END_OF_TEXT
+    gpt2 = Tokenizer.from_str(json.dumps(content))
+    (folder / GPT2).mkdir(parents=True)
+    (folder / GPT2 / "tokenizer.json").write_text(json.dumps(content))
+
+    (folder / FINEWEB).mkdir(parents=True)
+    for name, word in (("train_000001", "été"), ("val_000000", "日本")):
+        ids = []
+        for n in range(90):
+            ids += [GPT2_END_OF_TEXT, *gpt2.encode(f"{word} {n} " * 20).ids]
+        write_shard(folder / FINEWEB / f"finewebedu_{name}.bin", ids)
+
+    server = Hub(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_run_from_the_hub_end_to_end_and_then_offline(hub, pretrained, empty_cache, tmp_path):
+    command = quick_run(pretrained, 6)
+    command[command.index("--model") + 1] = "someone/model"
+    command[command.index("--data") + 1] = "fineweb-edu"
+    online = succeed(*command, "--out", tmp_path / "online", env={**hub.env, "HF_TOKEN": "hf_secret"})
+    assert "about 0.4 GB are fetched from the Hub" in online
+    assert "gap recovered" in online
+    cached = np.load(next(empty_cache.glob("*/00000.npy")))
+    assert re.match(r"(été|日本) 0 ", TOKENIZER.decode(cached.tolist()))  # GPT-2's tokens, text, the model's
+
+    asked = len(hub.requests)
+    assert asked > 0
+    succeed(*command, "--out", tmp_path / "offline", env={**hub.env, "HF_HUB_OFFLINE": "1"})
+    assert len(hub.requests) == asked
+    assert_same_end(tmp_path / "online", tmp_path / "offline")
+
+    for path in (tmp_path / "online").rglob("*"):
+        if path.is_file():
+            assert b"hf_secret" not in path.read_bytes(), path
+    assert "hf_secret" not in online
+    assert str(tmp_path) not in (tmp_path / "online" / "log.jsonl").read_text()
+
+
+def fetch(hub: Hub, repo="someone/model", name="config.json", repo_type="model", **env) -> tuple[int, str]:
+    """The exit code of a program that locates a file of the Hub, and the last line that it prints.
+
+    The Hub's client makes several tries. Here it does not wait between them.
+    """
+    code = f"""if True:
+        import time
+        time.sleep = lambda seconds: None
+        from files import exit_on_user_error
+        from hub import locate
+        exit_on_user_error(lambda: print(locate({repo!r}, {name!r}, {repo_type!r})))"""
+    environment = {**os.environ, **hub.env, **env}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    printed = result.stderr if result.returncode else result.stdout
+    return result.returncode, printed.strip().splitlines()[-1]
+
+
+def test_what_is_not_on_the_hub_is_one_line(hub):
+    code, line = fetch(hub, "some/one")
+    assert code == 2
+    assert line == (
+        "error: some/one: no folder here and no model on the Hub that you may read; check the name, log in"
+    )
+    code, line = fetch(hub, name="no.json")
+    assert code == 2
+    assert line == "error: someone/model: this Hub repository has no no.json"
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(hub):
+    for env in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        code, line = fetch(hub, **env)
+        assert code == 2
+        assert line.startswith("error: someone/model: the Hub cannot be reached")
+
+
+def test_a_download_that_breaks_off_is_one_line_and_goes_on_where_it_was(hub):
+    large = "finewebedu_train_000002.bin"
+    content = bytes(12_000_000)
+    (hub.folder / FINEWEB / large).write_bytes(content)
+
+    hub.drops[large] = 99
+    code, line = fetch(hub, FINEWEB, large, "dataset")
+    assert code == 2
+    assert f"{large} could not be downloaded" in line
+    assert "run the command again" in line
+
+    hub.drops.clear()
+    code, line = fetch(hub, FINEWEB, large, "dataset")
+    assert code == 0
+    assert Path(line).read_bytes() == content
+    assert large in hub.resumed  # in a new try at once or, with older versions of the client, in the next run
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "tokenizer.json"],
+)
+def test_a_flipped_bit_gives_a_model_and_tokens_or_one_line(name, pretrained):
+    shard(pretrained)
+    path = pretrained / name
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+
+    def use():
+        qwen = Qwen.from_pretrained(pretrained)
+        tokenizer = load_tokenizer(pretrained, qwen.config.vocab_size)
+        ids = torch.tensor([tokenizer.encode("doc1 doc1").ids])
+        qwen(ids)
+        qwen.generate(torch.tensor([[1, 2]]), 2)
+
+    outcomes = set()
+    for _ in range(50):
+        flip_a_bit(path, rng)
+        outcomes.add(works(use))
+        path.write_bytes(whole)
+    assert works(use)
+    assert False in outcomes  # some flips do harm
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(pretrained):
+    assert load_tokenizer(pretrained, 400).get_vocab_size() == 400
+    with pytest.raises(UserError, match="has token 399, but the model knows 399 tokens"):
+        load_tokenizer(pretrained, 399)
+
+
+def test_a_stored_truncation_or_padding_of_a_tokenizer_is_passed_over(pretrained):
+    tokenizer = Tokenizer.from_file(str(pretrained / "tokenizer.json"))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(pretrained / "tokenizer.json"))
+    text = "doc1 doc2 doc3 doc4"
+    assert load_tokenizer(pretrained).encode(text).ids == TOKENIZER.encode(text).ids
+
+
+# ---- Random configurations -------------------------------------------------------------------------------
+
+
+def test_random_configurations_work_or_say_in_one_line_why_not(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def pick(*values):
+        return values[rng.integers(len(values))]
+
+    def random_config() -> Config:
+        heads_of_a_group = pick(1, 2, 4, 6)
+        kv_heads = pick(1, 2)
+        return Config(
+            vocab_size=pick(2, 33, 97),
+            hidden_size=pick(8, 20, 32),
+            intermediate_size=pick(8, 24),
+            num_hidden_layers=pick(4, 5, 7),
+            num_attention_heads=heads_of_a_group * kv_heads,
+            num_key_value_heads=kv_heads,
+            head_dim=pick(2, 4, 8),
+            tie_word_embeddings=pick(True, False),
+            attention_bias=pick(True, False),
+        )
+
+    def random_settings() -> dict:
+        settings = dict(
+            prelude=pick(None, None, 1, 2),
+            coda=pick(None, None, 1, 2),
+            recurrent=pick(None, None, 3),
+            rank=pick(1, 2, 4, 9),
+            depth=pick(1, 1, 2, 3, 5, 0),
+            pool=pick("prefix", "sequence"),
+            modulation=pick("controller", "static", "none"),
+            gate=pick(True, False),
+            step_norm=pick(True, False),
+        )
+        if pick(True, False):
+            settings["seams"] = pick(True, False)
+            settings["train_coda"] = pick("none", "norms", "lora", "all")
+        return settings
+
+    def use(folder, config, settings, B, T):
+        base = folder_of(small_qwen(seed=1, config=config), folder / "base")
+        model = looped(Qwen.from_pretrained(base), **settings)
+        move_trained_weights(model, 0.01)
+        ids = tokens(B, T, vocabulary=config.vocab_size)
+        loss = model.loss(ids, ids)
+        assert torch.isfinite(loss)
+        if model.trained_parameters():
+            loss.backward()
+        model.save(folder)
+        assert torch.equal(load_run(folder)(ids), model(ids))
+        assert torch.equal(model.generate(ids, 3), greedy_without_cache(model, ids, 3))
+
+    worked = 0
+    for n in range(60):
+        folder = tmp_path / str(n)
+        worked += works(use, folder, random_config(), random_settings(), pick(1, 3), pick(1, 2, 17))
+    assert 20 < worked < 60

@@ -1,0 +1,262 @@
+"""patch.py: its equations, its start from the cut model, and runs of either class that come back."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from helpers import (
+    SETTINGS,
+    SMALL,
+    folder_of,
+    loss_and_gradients,
+    move_trained_weights,
+    small_model,
+    small_patched,
+    small_qwen,
+    tokens,
+)
+from torch import nn
+
+from checkpoint import read_checkpoint, write_checkpoint
+from files import UserError
+from ouroboros import Ouroboros
+from patch import Adapter, NoAdapter, Patched, Seam, load_run
+from qwen import Qwen, rotary_at
+
+TRAIN_CODA = ("none", "norms", "lora", "all")
+
+# ---- The start -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("train_coda", TRAIN_CODA)
+def test_training_starts_exactly_from_the_cut_model(depth, train_coda):
+    """P = 0, o_0 = 1, o_t = 0 for later steps, c = 0, B = 0"""
+    model = small_patched(randomise=False, depth=depth, train_coda=train_coda)
+    ids = tokens()
+    assert torch.equal(model(ids), model.cut(ids))
+    assert not torch.allclose(small_model(randomise=False, depth=depth)(ids), model.cut(ids), atol=1e-2)
+
+
+@pytest.mark.parametrize("train_coda", TRAIN_CODA)
+def test_without_seams_training_starts_exactly_from_the_papers_loop(train_coda):
+    model = small_patched(randomise=False, seams=False, train_coda=train_coda)
+    assert torch.equal(model(tokens()), small_model(randomise=False)(tokens()))
+
+
+# ---- The equations ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_seam_is_h_plus_P_h():
+    seam = Seam(32).double()
+    nn.init.normal_(seam.P.weight)
+    h = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(seam(h), h + h @ seam.P.weight.T, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_adapter_is_the_change_of_a_layers_own_weights(rank):
+    """Each norm's weight times 1 + c, each W_k + B_k A_k."""
+    layer = small_qwen(dtype=torch.float64).layers[4]
+    torch.manual_seed(0)
+    adapter = Adapter(layer, rank).double()
+    for p in adapter.parameters():
+        nn.init.normal_(p, std=0.1)
+    h = torch.randn(2, 5, 32, dtype=torch.float64)
+    rotary = rotary_at(SMALL, 0, 5, "cpu")
+
+    written_in = deepcopy(layer)
+    write_into_weights(written_in, adapter)
+    assert torch.allclose(layer(h, rotary, None, adapter), written_in(h, rotary), atol=1e-12)
+    assert not torch.allclose(layer(h, rotary), written_in(h, rotary), atol=1e-2)
+
+
+def write_into_weights(layer, adapter: Adapter):
+    """Change a layer's own weights as the adapter says."""
+    layer.input_layernorm.weight *= 1 + adapter.norm_change[0]
+    layer.post_attention_layernorm.weight *= 1 + adapter.norm_change[1]
+    if len(adapter.A) > 0:
+        for k, projection in layer.projections().items():
+            projection.weight += adapter.B[k].weight @ adapter.A[k].weight
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modulation", ["none", "static"])
+@pytest.mark.parametrize("train_coda, adapted", [("norms", 2), ("lora", 2), ("all", 5)])
+def test_the_patched_model_is_what_its_equations_say(train_coda, adapted, modulation):
+    """h + P_in h; h + o_t (Layer(h) - h) for each step; h + P_out h; the adapters in the weights."""
+    model = small_patched(torch.float64, modulation=modulation, depth=2, train_coda=train_coda)
+    ids = tokens()
+    rotary = rotary_at(SMALL, 0, ids.shape[1], "cpu")
+
+    layers = small_qwen(dtype=torch.float64).layers
+    kept = [layers[0], layers[1], layers[3], layers[4], layers[5]]
+    adapters = [*model.prelude_adapters, model.recurrent_adapter, *model.coda_adapters]
+    written = 0
+    for layer, adapter in zip(kept, adapters, strict=True):
+        if not isinstance(adapter, NoAdapter):
+            write_into_weights(layer, adapter)
+            written += 1
+    assert written == adapted
+
+    h = model.embed_tokens(ids)
+    h = layers[0](h, rotary)
+    h = layers[1](h, rotary)
+    h = h + h @ model.seam_in.P.weight.T
+    for t in range(2):
+        looped = deepcopy(layers[3])
+        if modulation == "static":
+            for number, (k, projection) in enumerate(looped.projections().items()):
+                m = model.controller.table[t, number]
+                projection.weight += 16.0 / 4 * model.lora[k].B @ torch.diag(m) @ model.lora[k].A
+        o = model.opening[t]
+        h = (1 - o) * h + o * looped(h, rotary)
+    h = h + h @ model.seam_out.P.weight.T
+    h = layers[4](h, rotary)
+    h = layers[5](h, rotary)
+    assert torch.allclose(model(ids), model.norm(h) @ model.head_weight.T, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_patched_loop_under_a_controller_opens_for_the_modulated_layer():
+    """h + o_t (Layer(h; W_k + (alpha/r) B_k diag(m_t,k) A_k) - h), where m_t is the Controller's."""
+    model = small_patched(torch.float64, train_coda="none")
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(2, 5, 32, dtype=torch.float64, generator=generator)
+    rotary = rotary_at(SMALL, 0, 5, "cpu")
+    for t in range(3):
+        m = model.controller(model.pool(h), t)
+        h_new = model.recurrent(h, rotary, None, Ouroboros.modulated_projection(model, m))
+        expected = h + model.opening[t] * (h_new - h)
+        assert torch.allclose(model.loop_step(h, t, rotary), expected, atol=1e-12)
+
+
+def test_the_cut_baseline_has_nothing_of_the_patch():
+    patched = small_patched(torch.float64)
+    assert torch.equal(patched.cut(tokens()), small_model(torch.float64).cut(tokens()))
+
+
+def test_the_future_does_not_change_the_past():
+    model = small_patched()
+    ids = tokens()
+    other = ids.clone()
+    other[:, 8:] = (other[:, 8:] + 1) % SMALL.vocab_size
+    assert torch.equal(model(ids)[:, :8], model(other)[:, :8])
+    assert not torch.equal(model(ids)[:, 8:], model(other)[:, 8:])
+
+
+def test_steps_past_the_trained_depth_use_the_last_trained_steps_opening():
+    model = small_patched(depth=3)
+    before = model(tokens(), depth=5)
+    with torch.no_grad():
+        model.controller.step_embedding.weight[3:] += 1
+        assert torch.equal(model(tokens(), depth=5), before)
+        model.opening[2] += 0.1
+        assert not torch.equal(model(tokens(), depth=5), before)
+
+
+# ---- What is trained -------------------------------------------------------------------------------------
+
+TRAINED_PARTS = (
+    "controller",
+    "gate",
+    "step_norm",
+    "opening",
+    "seam_in",
+    "seam_out",
+    "prelude_adapters",
+    "recurrent_adapter",
+    "coda_adapters",
+)
+
+
+@pytest.mark.parametrize("name", ["patched", "coda norms"])
+def test_gradients_reach_every_trained_tensor_and_no_other(name):
+    model = small_model(torch.float64, **SETTINGS[name])
+    model.loss(tokens(), tokens(seed=2)).backward()
+    for part, p in model.named_parameters():
+        assert p.requires_grad == part.startswith(TRAINED_PARTS), part
+        has_gradient = p.grad is not None and p.grad.abs().sum() > 0
+        assert has_gradient == p.requires_grad, part
+
+
+@pytest.mark.parametrize("train_coda", TRAIN_CODA)
+@pytest.mark.parametrize("seams", [True, False])
+def test_what_is_trained_is_what_the_settings_name(seams, train_coda):
+    model = small_patched(seams=seams, train_coda=train_coda, modulation="none")
+    expected = set()
+    if seams:
+        expected.update(("opening", "seam_in", "seam_out"))
+    else:
+        expected.update(("gate", "step_norm"))
+    if train_coda != "none":
+        expected.add("coda_adapters")
+    if train_coda == "all":
+        expected.update(("prelude_adapters", "recurrent_adapter"))
+    assert {name.split(".")[0] for name in model.trained_parameters()} == expected
+
+    has_lora = any(".A." in name for name in model.trained_parameters())
+    assert has_lora == (train_coda in ("lora", "all"))
+
+
+def test_a_step_changes_what_is_trained_and_not_a_bit_of_what_is_frozen():
+    model = small_patched()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.trained_parameters().values(), lr=0.01)
+    for _ in range(3):
+        loss_and_gradients(model, tokens(), tokens(seed=2))
+        optimizer.step()
+    for name, tensor in model.state_dict().items():
+        changed = not torch.equal(tensor, before[name])
+        assert changed == (name in model.trained_parameters()), name
+
+
+# ---- Runs of either class --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_saved_run_comes_back_bit_for_bit_as_what_it_was(name, tmp_path):
+    base = folder_of(small_qwen(), tmp_path / "base")
+    model = small_model(**SETTINGS[name])
+    model.source = str(base)
+    model.save(tmp_path / "run")
+
+    again = load_run(tmp_path / "run")
+    assert type(again) is type(model)
+    assert again.settings == model.settings
+    assert again.trained_parameters().keys() == model.trained_parameters().keys()
+    assert torch.equal(again(tokens()), model(tokens()))
+    assert torch.equal(again.generate(tokens(), 5), model.generate(tokens(), 5))
+
+
+def test_a_run_of_another_class_is_refused_by_load_and_opened_by_load_run(tmp_path):
+    base = Qwen.from_pretrained(folder_of(small_qwen(), tmp_path / "base"))
+    paper = Ouroboros(base, rank=4)
+    patched = Patched(base, rank=4)
+    move_trained_weights(patched, 0.1)
+    paper.save(tmp_path / "paper")
+    patched.save(tmp_path / "patched")
+
+    with pytest.raises(
+        UserError, match="Ouroboros.load cannot open a run of the class Patched; load_run of patch.py"
+    ):
+        Ouroboros.load(tmp_path / "patched")
+    with pytest.raises(
+        UserError, match="Patched.load cannot open a run of the class Ouroboros; load_run of patch.py"
+    ):
+        Patched.load(tmp_path / "paper")
+    assert type(load_run(tmp_path / "paper")) is Ouroboros
+    assert type(load_run(tmp_path / "patched")) is Patched
+    assert torch.equal(Patched.load(tmp_path / "patched")(tokens()), patched(tokens()))
+
+
+def test_a_run_of_an_unknown_class_is_refused_in_one_line(tmp_path):
+    base = Qwen.from_pretrained(folder_of(small_qwen(), tmp_path / "base"))
+    Ouroboros(base, rank=4).save(tmp_path / "run")
+    tensors, about = read_checkpoint(tmp_path / "run")
+    about["model"]["class"] = "Elsewhere"
+    write_checkpoint(tmp_path / "run", tensors, about)
+    with pytest.raises(UserError, match="holds a Elsewhere, which this program does not know"):
+        load_run(tmp_path / "run")

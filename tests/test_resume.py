@@ -1,0 +1,211 @@
+"""A run that is stopped, killed, resumed or starved loses nothing and says what to do."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    FixedBatches,
+    assert_refused,
+    assert_refused_at_once,
+    assert_same_end,
+    log_rows,
+    losses,
+    quick_run,
+    run,
+    small_model,
+    start,
+    stop_at,
+    succeed,
+    training_options,
+    wait_for_rows,
+    write_text,
+)
+
+import train
+from checkpoint import read_checkpoint
+from files import UserError
+from options import parse_options
+
+# ---- Stopped and killed ----------------------------------------------------------------------------------
+
+
+def test_a_run_stopped_and_killed_and_resumed_ends_bit_for_bit_as_the_one_left_alone(pretrained, tmp_path):
+    alone = tmp_path / "alone"
+    out = tmp_path / "stopped"
+    command = quick_run(pretrained, 200)
+    resume = ["train.py", "--resume", out]
+    succeed(*command, "--out", alone)
+
+    code, printed = stop_at(start(*command, "--out", out), out, 21, signal.SIGINT)
+    assert code == 130
+    assert f"python train.py --resume {out}" in printed
+    code, _ = stop_at(start(*resume, "--save-every", 7), out, 50, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    code, printed = stop_at(start(*resume), out, 90, signal.SIGTERM)
+    assert code == 143
+    assert f"--resume {out}" in printed
+    code, _ = stop_at(start(*resume), out, 130, signal.SIGINT, signal.SIGINT)
+    assert code == 130
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"step": 4')  # a line that a kill cut short
+    succeed(*resume)
+
+    assert_same_end(alone, out)
+    assert len(list(out.glob("step-*"))) == 2
+    assert not list(out.rglob("*.part*"))
+    assert "gap recovered" in succeed(*resume)  # nothing is left to do but to show the results again
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
+    class Interrupting(FixedBatches):
+        def batch(self, first, size, device):
+            if first == 4:  # in the second step
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().batch(first, size, device)
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    options = training_options(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        train.train(small_model(), Interrupting(), FixedBatches(), options, torch.device("cpu"))
+    assert caught.value.code == 130
+    assert len(losses(tmp_path)) == 1
+    assert read_checkpoint(tmp_path)[1]["step"] == 1
+    # and signals do again what they did before the training
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_one_ctrl_c_ends_the_training_with_a_whole_step_that_is_saved(tmp_path):
+    class Interrupting(FixedBatches):
+        def batch(self, first, size, device):
+            if first == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().batch(first, size, device)
+
+    options = training_options(tmp_path, save_every=100)
+    stopped_by = train.train(small_model(), Interrupting(), FixedBatches(), options, torch.device("cpu"))
+    assert stopped_by == signal.SIGINT
+    assert len(losses(tmp_path)) == 2
+    assert read_checkpoint(tmp_path)[1]["step"] == 2
+
+
+def test_before_its_first_checkpoint_a_killed_run_can_be_started_again(pretrained, tmp_path):
+    part = tmp_path / "run" / "step-0000000" / "ouroboros.123.part.safetensors"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"half")
+    refused = run("train.py", "--resume", tmp_path / "run")
+    assert_refused_at_once(refused, "no such file")
+    succeed(*quick_run(pretrained, 2), "--out", tmp_path / "run")
+
+
+# ---- What may change on the way --------------------------------------------------------------------------
+
+
+def test_what_may_change_on_the_way_changes_and_the_rest_is_refused(pretrained, tmp_path):
+    out = tmp_path / "run"
+    text = tmp_path / "text.txt"
+    succeed(*quick_run(pretrained, 6), "--out", out)
+    for changed, message in (
+        (["--rank", "5"], "--rank cannot change"),
+        (["--model", "tiny"], "--model cannot change"),
+        (["--data", "python"], "--data cannot change"),
+        (["--no-gate"], "--gate cannot change"),
+        (["--seed", "1"], "--seed cannot change"),
+        (["--batch-size", "2"], "--batch-size times --accumulation stay 4"),
+        (["--steps", "5"], "--steps must be 6 or more"),
+        (["--out", "x"], "--out cannot change"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            parse_options(["--resume", str(out), *changed])
+        assert "\n" not in str(caught.value)
+    refused = run("train.py", "--resume", out, "--rank", 5)
+    assert_refused_at_once(refused, "--rank cannot change")
+
+    os.utime(text)  # the text counts, not the time of its file
+    changes = ["--steps", 9, "--eval-every", 2, "--batch-size", 2, "--accumulation", 2]
+    same = ["--rank", 4, "--model", os.path.relpath(pretrained), "--data", os.path.relpath(text)]
+    succeed("train.py", "--resume", out, *changes, *same)
+    assert len(losses(out)) == 9
+    evaluated = [row["step"] for row in log_rows(out) if "held_out" in row]
+    assert evaluated == [1, 2, 3, 4, 5, 6, 8, 9]
+    _, about = read_checkpoint(out)
+    assert about["options"]["steps"] == 9
+    assert about["options"]["batch_size"] == 2
+
+    shutil.copytree(out / "step-0000009", out / "step-0000009-mine")  # what another put there stays
+    succeed("train.py", "--resume", out / "step-0000006", "--steps", 8)  # back to the one before
+    folders = sorted(path.name for path in out.glob("step*"))
+    assert folders == ["step-0000006", "step-0000008", "step-0000009-mine"]
+    assert len(losses(out)) == 8
+
+    write_text(text, 399)
+    refused = run("train.py", "--resume", out)
+    assert_refused(refused, "not the text any more with which")
+
+
+# ---- A disk that is full, a folder that goes, memory that runs out ---------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB, mounted for one test."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mount is not allowed here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid(), reason="needs root to mount a small file system")
+def test_on_a_full_or_read_only_disk_the_old_checkpoint_stays_and_the_run_goes_on_later(
+    pretrained, small_disk
+):
+    out = small_disk / "run"
+    filler = small_disk / "filler"
+    succeed(*quick_run(pretrained, 4), "--out", out)
+
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 8192))
+    full = run("train.py", "--resume", out, "--steps", 400)
+    assert_refused(full, "cannot be written", "make room")
+    assert read_checkpoint(out)[1]["step"] == 4
+
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    locked = run("train.py", "--resume", out, "--steps", 8)
+    assert_refused(locked, "log.jsonl: cannot be written")
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+
+    filler.unlink()
+    succeed("train.py", "--resume", out, "--steps", 8)
+    assert len(losses(out)) == 8
+    assert not list(out.rglob("*.part*"))
+
+
+def test_a_folder_removed_under_a_run_is_one_clear_line(pretrained, tmp_path):
+    out = tmp_path / "run"
+    process = start(*quick_run(pretrained, 100_000), "--save-every", 100_000, "--out", out)
+    wait_for_rows(process, out, 1)
+    out.rename(tmp_path / "elsewhere")
+    printed, error = process.communicate(timeout=600)
+    result = subprocess.CompletedProcess(process.args, process.returncode, printed, error)
+    assert_refused(result, "log.jsonl: no such file; make room or bring its folder back")
+    assert read_checkpoint(tmp_path / "elsewhere")[1]["step"] == 0
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build's libraries alone may not fit")
+def test_out_of_memory_ends_with_the_number_and_what_helps(pretrained, tmp_path):
+    program, *options = quick_run(pretrained, 200)
+    options += ["--depth", 64, "--seq-len", 256, "--batch-size", 512, "--out", tmp_path / "run"]
+    command = [sys.executable, ROOT / program, *options, "--device", "cpu"]
+    shell = "ulimit -v 4000000; exec " + " ".join(map(str, command))
+    result = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=600)
+    assert_refused(result, "error: try a smaller --batch-size")
+    assert re.search(r"\d{6,} bytes", result.stderr.splitlines()[-1])

@@ -1,0 +1,372 @@
+"""train.py as a command: what it learns and leaves behind, its options, and what it refuses."""
+
+import json
+import math
+import re
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import (
+    FixedBatches,
+    assert_refused,
+    assert_refused_at_once,
+    log_rows,
+    losses,
+    make_pretrained,
+    quick_run,
+    run,
+    small_model,
+    succeed,
+    training_options,
+    write_text,
+)
+
+import train
+from checkpoint import read_checkpoint, step_folder
+from files import exit_on_user_error
+from options import parse_options
+
+# ---- A run -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of 60 steps: its folder, the model and text it began with, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    pretrained = make_pretrained(folder)
+    out = folder / "run"
+    command = [*quick_run(pretrained, 60), "--lr", 0.02, "--eval-every", 20, "--out", out]
+    printed = succeed(*command)
+    return SimpleNamespace(out=out, pretrained=pretrained, command=command, printed=printed)
+
+
+def test_training_lowers_the_held_out_loss(finished):
+    results = json.loads((finished.out / "results.json").read_text())
+    assert results["ouroboros"]["held-out"] < results["cut"]["held-out"] - 0.2
+    assert losses(finished.out)[-1] < losses(finished.out)[0] - 0.2
+
+
+def test_a_run_ends_with_a_table_and_a_text(finished):
+    for part in (
+        "full model (6 layers)",
+        "cut to 3 layers",
+        "ouroboros, depth 2",
+        "gap recovered",
+        "held-out text",
+    ):
+        assert part in finished.printed
+
+
+def test_the_log_has_a_row_for_each_step(finished):
+    rows = log_rows(finished.out)
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert [row["step"] for row in rows if "held_out" in row] == [20, 40, 60]
+    assert rows[-1]["lr"] < 1e-4
+    results = json.loads((finished.out / "results.json").read_text())
+    assert math.isclose(rows[-1]["held_out"], results["ouroboros"]["held-out"], rel_tol=1e-6)
+
+
+def test_a_run_leaves_checkpoints_options_and_a_picture_and_nothing_half_written(finished):
+    names = {path.name for path in finished.out.iterdir()}
+    expected = {"args.json", "log.jsonl", "results.json", "step-0000000", "step-0000060"}
+    if find_spec("matplotlib"):
+        expected.add("loss.png")
+        assert (finished.out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert names == expected
+    assert not list(finished.out.rglob("*.part*"))
+    assert json.loads((finished.out / "args.json").read_text())["steps"] == 60
+
+
+def test_an_evaluation_gives_the_same_table(finished):
+    printed = succeed("train.py", "--eval", finished.out)
+    assert table_of(printed) == table_of(finished.printed)
+
+
+def test_an_evaluation_may_take_another_text_and_changes_nothing(finished, tmp_path):
+    def everything():
+        return {path: path.read_bytes() for path in finished.out.rglob("*") if path.is_file()}
+
+    before = everything()
+    other = write_text(tmp_path / "other.txt", 300)
+    printed = succeed("train.py", "--eval", finished.out, "--data", other)
+    assert table_of(printed) != table_of(finished.printed)
+    assert everything() == before
+
+
+def table_of(printed: str) -> list[str]:
+    """The lines of the results table."""
+    lines = printed.splitlines()
+    (last,) = (i for i, line in enumerate(lines) if line.startswith("gap recovered"))
+    return lines[last - 4 : last + 1]
+
+
+def test_a_trained_run_continues_a_prompt(finished):
+    printed = succeed("sample.py", finished.out, "--prompt", "doc1 doc1", "--max-new-tokens", 5)
+    assert printed.startswith("doc1 doc1")
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
+def test_the_picture_can_be_drawn_again(finished):
+    (finished.out / "loss.png").unlink()
+    succeed("plot.py", finished.out)
+    assert (finished.out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_nothing_saved_is_overwritten(finished):
+    before = (finished.out / "log.jsonl").read_bytes()
+    taken = run(*finished.command)
+    assert_refused_at_once(taken, "is there already, and nothing saved is overwritten")
+    assert (finished.out / "log.jsonl").read_bytes() == before
+
+
+def test_without_a_working_compiler_it_says_so_in_one_line_and_goes_on(pretrained, tmp_path):
+    broken = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    command = [*quick_run(pretrained, 2), "--compile", "on", "--out", tmp_path / "run"]
+    printed = succeed(*command, env=broken)
+    assert printed.count("torch.compile does not work here") == 1
+    assert "gap recovered" in printed
+
+
+# ---- Steps -----------------------------------------------------------------------------------------------
+
+
+def test_the_rate_rises_and_then_falls_to_zero_along_a_cosine():
+    options = training_options(None, steps=110, warmup=10, lr=0.5)
+    rates = [train.learning_rate(step, options) for step in range(111)]
+    assert rates[0] == pytest.approx(0.05)
+    assert rates[9] == rates[10] == pytest.approx(0.5)
+    assert rates[60] == pytest.approx(0.25)
+    assert rates[110] == pytest.approx(0.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_step_norm_has_a_rate_of_its_own():
+    options = training_options(None, norm_lr_scale=50.0)
+    parameters = small_model().trained_parameters()
+    optimizer = train.make_optimizer(parameters, options, torch.device("cpu"))
+    scales = {}
+    for name, group in zip(parameters, optimizer.param_groups, strict=True):
+        assert group["params"] == [parameters[name]]
+        scales[name] = group["scale"]
+    assert scales.pop("step_norm.weight") == 50.0
+    assert set(scales.values()) == {1.0}
+
+
+def test_a_step_without_a_number_changes_nothing_and_is_logged(tmp_path):
+    options = training_options(tmp_path, steps=5)
+    train.train(small_model(), FixedBatches(empty=[3, 4]), FixedBatches(), options, torch.device("cpu"))
+    rows = log_rows(tmp_path)
+    assert [row["loss"] is None for row in rows] == [False, False, False, True, True]
+    assert [row.get("skipped") for row in rows] == [None, None, None, 1, 2]
+
+    before, _ = read_checkpoint(step_folder(tmp_path, 4))
+    after, _ = read_checkpoint(step_folder(tmp_path, 5))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+
+
+def test_nine_steps_without_a_number_and_nine_more_do_not_end_a_run(tmp_path):
+    batches = FixedBatches(empty=[*range(1, 10), *range(11, 20)])
+    options = training_options(tmp_path, steps=21, save_every=100)
+    assert train.train(small_model(), batches, FixedBatches(), options, torch.device("cpu")) == 0
+    skipped = [loss is None for loss in losses(tmp_path)]
+    assert skipped == [False, *[True] * 9, False, *[True] * 9, False]
+
+
+def test_ten_steps_without_a_number_end_the_run_with_what_to_try(pretrained, tmp_path):
+    out = tmp_path / "run"
+    result = run(*quick_run(pretrained, 40), "--lr", 1e9, "--norm-lr-scale", 1e9, "--out", out)
+    assert_refused(result, "error: ten steps in a row had no finite loss", f"--resume {out}")
+
+
+# ---- Options ---------------------------------------------------------------------------------------------
+
+
+def parsed(*arguments):
+    options, checkpoint = parse_options(["--device", "cpu", *arguments])
+    assert checkpoint is None
+    return options
+
+
+def test_patch_carries_what_did_best_and_the_command_line_has_the_last_word():
+    def chosen(*arguments):
+        options = parsed(*arguments)
+        return options.depth, options.modulation, options.train_coda, options.lr
+
+    assert chosen() == (8, "controller", "none", 0.002)
+    assert chosen("--patch") == (1, "none", "all", 0.006)
+    others = ["--depth", "4", "--modulation", "static", "--train-coda", "norms", "--lr", "0.1"]
+    assert chosen("--patch", *others) == (4, "static", "norms", 0.1)
+
+
+def test_the_defaults_are_those_of_the_model_at_hand():
+    tiny = parsed()
+    assert (tiny.model, tiny.data, tiny.steps, tiny.lr, tiny.warmup) == ("tiny", "python", 1000, 0.002, 20)
+    folder = parsed("--model", "somewhere")
+    assert (folder.data, folder.steps, folder.lr, folder.warmup) == ("python", 60, 0.001, 6)
+    assert parsed("--steps", "10").warmup == 5  # never more than half of the steps
+    assert parsed("--steps", "10").eval_every == 2
+
+
+def help_of(capsys, monkeypatch, *arguments) -> dict[str, str]:
+    """option -> what --help says of it, as one line."""
+    monkeypatch.setenv("COLUMNS", "110")
+    with pytest.raises(SystemExit) as caught:
+        parse_options(["--device", "cpu", *arguments, "--help"])
+    assert caught.value.code == 0
+
+    entries = {}
+    option = None
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("  --"):
+            option = re.match("  (--[a-z-]+)", line).group(1)
+            _, _, text = line.strip().partition("  ")  # two blanks between the option and its sentence
+            entries[option] = text.strip()
+        elif option and line.startswith(" " * 20):
+            entries[option] += " " + line.strip()
+        else:
+            option = None  # an empty line or a heading
+    return {option: text.strip() for option, text in entries.items()}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--model", "somewhere"], ["--patch"], ["--steps", "10"]], ids=str)
+def test_help_names_for_every_option_the_default_that_holds(arguments, capsys, monkeypatch):
+    entries = help_of(capsys, monkeypatch, *arguments)
+    options = vars(parsed(*arguments))
+    del options["device"]  # it is given
+    if "--steps" in arguments:
+        del options["steps"]
+        del options["warmup"]  # its sentence says that it is at most half of all steps
+
+    named = 0
+    for name, value in options.items():
+        text = entries.get("--" + name.replace("_", "-"))
+        if type(value) is int:
+            assert f"Default: {value:,}." in text, name
+            named += 1
+        elif type(value) in (float, str):
+            assert f"Default: {value}." in text, name
+            named += 1
+    assert named >= 18
+    for option in ("--prelude", "--recurrent", "--coda", "--out"):  # these depend on what is not read yet
+        assert "Default: " in entries[option]
+    assert "Default: " in entries["--activation-checkpointing"]
+
+
+def test_help_is_for_the_model_at_hand(capsys, monkeypatch):
+    tiny = help_of(capsys, monkeypatch)
+    folder = help_of(capsys, monkeypatch, "--model", "somewhere")
+    assert "Default: 1,000." in tiny["--steps"]
+    assert "Default: 60." in folder["--steps"]
+    assert "Default: 0.002." in tiny["--lr"]
+    assert "Default: 0.001." in folder["--lr"]
+
+
+def test_help_is_written_in_whole_sentences(capsys, monkeypatch):
+    entries = help_of(capsys, monkeypatch)
+    assert len(entries) >= 30
+    for option, text in entries.items():
+        assert text.endswith("."), option
+        assert text[0].isupper(), option
+
+
+def test_help_on_a_saved_run_names_its_own_options(finished, capsys, monkeypatch):
+    entries = help_of(capsys, monkeypatch, "--resume", str(finished.out))
+    assert "Default: 60." in entries["--steps"]
+    assert "Default: 4." in entries["--rank"]
+    assert f"Default: {finished.pretrained}." in entries["--model"]
+
+
+def test_a_run_without_a_name_takes_the_first_that_is_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = parsed("--model", "some/model-1B", "--depth", "2", "--rank", "4")
+    names = []
+    for _ in range(3):
+        folder = train.free_folder(options)
+        folder.mkdir(parents=True)
+        names.append(folder.as_posix())
+    assert names == [
+        "runs/model-1B-depth2-rank4",
+        "runs/model-1B-depth2-rank4-2",
+        "runs/model-1B-depth2-rank4-3",
+    ]
+
+
+# ---- What is refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--depth", "0"], "--depth"),
+        (["--depth", "65"], "depth 65"),
+        (["--rank", "65"], "rank 65 does not fit"),
+        (["--rank", "many"], "--rank"),
+        (["--model", "nowhere"], "no such folder"),
+        (["--data", "no.txt"], "no such file"),
+        (["--prelude", "11"], "is not a cut of"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--device", "cpu:x"], "--device cpu:x: cannot be used"),
+        (["--device", "cpu:1"], "the CPU is one device"),
+        (["--pool", "max"], "--pool"),
+        (["--lr", "-1"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "inf"], "--lr"),
+        (["--seed", "-1"], "--seed"),
+        (["--x"], "--x"),
+        (["--modulation", "none", "--no-gate", "--no-step-norm"], "nothing is left to train"),
+        (["--seq-len", "100000"], "text is too short for one sequence"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    text = write_text(tmp_path / "text.txt", 400)
+    assert_main_refuses(["--data", str(text), *arguments], message, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--eval", "nowhere"], "nowhere/ouroboros.safetensors: no such file"),
+        (["--resume", "nowhere", "--rank", "4"], "nowhere/ouroboros.safetensors: no such file"),
+        (["--resume", "a", "--eval", "b"], "not allowed with"),
+    ],
+    ids=str,
+)
+def test_a_run_that_is_not_there_is_one_line_and_exit_code_2(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    assert_main_refuses(arguments, message, tmp_path, monkeypatch, capsys)
+
+
+def assert_main_refuses(arguments: list[str], message: str, tmp_path, monkeypatch, capsys):
+    """train.py ends with exit code 2 and one line that has this message, and leaves no run behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        exit_on_user_error(train.main)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in error
+    assert re.match("(train.py: )?error: ", error)
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train.py", "--eval", "nowhere"],
+        ["sample.py"],
+        ["sample.py", "nowhere", "--prompt", "x"],
+        ["plot.py"],
+        ["plot.py", "nowhere"],
+    ],
+    ids=str,
+)
+def test_every_program_exits_with_code_2_and_one_line(command):
+    assert_refused_at_once(run(*command))
