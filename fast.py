@@ -205,6 +205,19 @@ def compile_blocks(model, **options):
     model.generate = torch.compiler.set_stance("force_eager")(model.generate)
 
 
+def try_to_compile(model, batch):
+    """Compile the blocks in a first pass over a batch (ids, targets), or say in a line why that fails."""
+    print("\ncompiling, which takes a minute or two", flush=True)
+    compile_blocks(model)
+    try:
+        model.loss(*batch).backward()
+    except torch._dynamo.exc.TorchDynamoException as error:  # also what the compiler behind it raises
+        torch.compiler.set_stance("force_eager")
+        reason = (str(error) or repr(error)).splitlines()[0]
+        print(f"torch.compile does not work here, training continues without it: {reason}")
+    model.zero_grad()
+
+
 def replace_blocks(model, transform):
     """Put transform(f) in the place of each function f that runs one block of a forward pass."""
     for layer in [*model.prelude, *model.coda]:

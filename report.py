@@ -12,6 +12,7 @@ from evaluate import gap_recovered
 from files import explaining, read_json
 from hub import BUILT_IN, locate
 from ouroboros import Ouroboros
+from processes import WORLD_SIZE
 
 # ---- Before training -------------------------------------------------------------------------------------
 
@@ -65,10 +66,19 @@ def print_parameters(model: Ouroboros):
         print(f"{name:20}{count:>15,} parameters", flush=True)
 
 
-def seconds_of_a_pass(model: Ouroboros, ids, targets) -> float:
+def announce_time(model: Ouroboros, batch, options, first_step: int):
+    """Print how long the training will take, by the faster of two passes over a batch (ids, targets)."""
+    seconds = min(seconds_of_a_pass(model, batch), seconds_of_a_pass(model, batch))
+    steps = options.steps - first_step
+    minutes = seconds * options.accumulation * steps / WORLD_SIZE / 60
+    size = f"{options.accumulation} x {options.batch_size} x {options.seq_len}"
+    print(f"\n{steps} steps of {size} tokens, about {minutes:,.0f} min\n", flush=True)
+
+
+def seconds_of_a_pass(model: Ouroboros, batch) -> float:
     """The time of one forward and backward pass. The gradients are thrown away."""
     started = time.perf_counter()
-    model.loss(ids, targets).backward()
+    model.loss(*batch).backward()
     sum(p.grad.sum() for p in model.trained_parameters().values()).item()  # waits for the device
     seconds = time.perf_counter() - started
     model.zero_grad()

@@ -21,7 +21,7 @@ from checkpoint import optimizer_tensors, prune_checkpoints, restore_optimizer, 
 from data import Batches, open_source
 from device import pick_device, pick_dtype
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns
-from fast import compile_blocks, keep_freed_memory, recompute_activations
+from fast import keep_freed_memory, recompute_activations, try_to_compile
 from files import UserError, exit_on_user_error, explaining, replace_file
 from hub import load_tokenizer
 from options import parse_options
@@ -29,7 +29,6 @@ from ouroboros import Ouroboros
 from patch import Patched, load_run
 from processes import (
     RANK,
-    WORLD_SIZE,
     StopSignals,
     broadcast_from_first,
     join_processes,
@@ -37,7 +36,7 @@ from processes import (
     sum_over_processes,
 )
 from qwen import Qwen
-from report import announce_download, print_parameters, print_results, print_sample, seconds_of_a_pass
+from report import announce_download, announce_time, print_parameters, print_results, print_sample
 
 
 def main():
@@ -81,11 +80,21 @@ def main():
     # ---- Training ------------------------------------------------------------------------------------------
     if not options.eval:
         training = batches("train", options.target_offset, options.seed)
-        claim_run(options, training, is_new=checkpoint is None)
+        if checkpoint is None:
+            options.text_hash = hash_of_text(training)
+            options.out = options.out or free_folder(options)
+            first_step = 0
+        else:
+            check_same_text(options, training)
+            first_step = checkpoint[1]["step"]
+
         print_parameters(model)
-        make_fast(model, training, options, device)
-        steps_done = 0 if checkpoint is None else checkpoint[1]["step"]
-        announce_time(model, training, options, steps_done, device)
+        batch = training.batch(0, options.batch_size, device)
+        if options.compile == "on" or (options.compile == "auto" and device.type == "cuda"):
+            try_to_compile(model, batch)
+        if options.activation_checkpointing:
+            recompute_activations(model)
+        announce_time(model, batch, options, first_step)
 
         stopped_by = train(model, training, columns["held-out"], options, device, checkpoint)
         if stopped_by:
@@ -241,14 +250,14 @@ def new_model(qwen: Qwen, options) -> Ouroboros:
     return model
 
 
-def claim_run(options, training: Batches, is_new: bool):
-    """Find a folder for a new run, or check that a resumed run still has the text with which it began."""
-    text_hash = hashlib.sha256(training.chunk(0)).hexdigest()[:16]
-    if is_new:
-        options.text_hash = text_hash
-        if options.out is None:
-            options.out = free_folder(options)
-    elif options.text_hash != text_hash:
+def hash_of_text(training: Batches) -> str:
+    """A hash of the first chunk of tokens, by which a resumed run recognises its text."""
+    return hashlib.sha256(training.chunk(0)).hexdigest()[:16]
+
+
+def check_same_text(options, training: Batches):
+    """Raise UserError if the text is not the one with which a resumed run began."""
+    if options.text_hash != hash_of_text(training):
         raise UserError(
             f"{options.data}: not the text any more with which {options.out} began; bring it back to go on"
         )
@@ -265,31 +274,6 @@ def free_folder(options) -> Path:
         folder = Path(f"{name}-{number}")
         number += 1
     return folder
-
-
-def make_fast(model: Ouroboros, batches: Batches, options, device):
-    """Compile the model and recompute its activations, as the options say."""
-    if options.compile == "on" or (options.compile == "auto" and device.type == "cuda"):
-        print("\ncompiling, which takes a minute or two", flush=True)
-        compile_blocks(model)
-        try:
-            seconds_of_a_pass(model, *batches.batch(0, options.batch_size, device))
-        except torch._dynamo.exc.TorchDynamoException as error:  # also what the compiler behind it raises
-            torch.compiler.set_stance("force_eager")
-            reason = (str(error) or repr(error)).splitlines()[0]
-            print(f"torch.compile does not work here, training continues without it: {reason}")
-    if options.activation_checkpointing:
-        recompute_activations(model)
-
-
-def announce_time(model: Ouroboros, batches: Batches, options, steps_done: int, device):
-    """Print how long the training will take, by the time of the faster of two passes."""
-    batch = batches.batch(0, options.batch_size, device)
-    seconds = min(seconds_of_a_pass(model, *batch), seconds_of_a_pass(model, *batch))
-    steps = options.steps - steps_done
-    minutes = seconds * options.accumulation * steps / WORLD_SIZE / 60
-    size = f"{options.accumulation} x {options.batch_size} x {options.seq_len}"
-    print(f"\n{steps} steps of {size} tokens, about {minutes:,.0f} min\n", flush=True)
 
 
 # ---- What a run leaves behind ----------------------------------------------------------------------------
