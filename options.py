@@ -123,7 +123,7 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
         model,
         "--patch",
         "Go past the paper (patch.py): train a matrix at each seam of the cut, and an opening of the loop "
-        "in the place of gate and step norm. This changes the defaults of --depth, --modulation, "
+        "instead of gate and step norm. This changes the defaults of --depth, --modulation, "
         "--train-coda and --lr.",
         action="store_true",
     )

@@ -1,4 +1,7 @@
-"""Ouroboros: a pretrained decoder in which one layer is applied in a loop, modulated anew in each step.
+"""Ouroboros: a pretrained decoder cut to its first layers (the prelude), one layer from the middle (the
+recurrent layer) and its last layers (the coda). The recurrent layer is applied in a loop, modulated anew
+in each step. All other layers are removed; what is left of them is a low-rank summary, the bases A_k and
+B_k.
 
     R_k   = (mean over the removed layers of W_k) - (W_k of the recurrent layer)
     A_k, B_k: the best factors of rank r of R_k, from its SVD
@@ -11,21 +14,24 @@
         h     = g * h_new + (1 - g) * h
     h -> coda -> final norm -> lm head -> logits [B,T,V]
 
-k is the name of one of the seven projections of a layer, q_proj to down_proj. The state h is [B, T, d].
-The diagonals m_t,k are [B, T, r]: each position has its own, so each position has its own weights. The
-bases point from the recurrent layer to the layers that were removed, so that the loop can take on what
-those did.
+k is the name of one of the seven projections of a layer, q_proj to down_proj. Layer is the whole decoder
+layer with its residual connections, norms and biases; only the seven matrices change. alpha is a
+constant, as in LoRA. The state h is [B, T, d]. The diagonals m_t,k are [B, T, r]: each position has its
+own, so each position has its own weights. The bases point from the recurrent layer to the layers that
+were removed, so that the loop can take on what those did.
 
 Source: arXiv 2604.02051. The pretrained weights W and the bases A, B are frozen. The Controller, the gate
-and the StepNorm are trained. Their weights are float32 and are cast to the type of h where they are used,
-so a bfloat16 model needs no autocast. As in the paper, an untrained loop is not the identity: h_new has a
-root mean square of 1, which the coda does not expect, and the first steps of training mend that.
+and the StepNorm are trained. Their weights are float32 and are cast to the dtype of h where they are
+used, so a bfloat16 model needs no autocast. As in the paper, an untrained loop is not the identity: h_new
+has a root mean square of 1, which the coda does not expect, so training starts at a higher loss than that
+of the cut model.
 
 One thing differs from the published code. There, pool(h) is the mean over the whole sequence, which lets
 each position see later tokens. Here it is the mean over the positions so far; pool="sequence" gives the
 published one.
 
-Letters in shapes: B sequences, T tokens, d hidden_size, r rank, s the width of the Controller.
+Letters in shapes: B sequences (not the basis B_k), T tokens, d hidden_size, r rank, s the width of the
+Controller, V vocab_size (in svd_bases a factor of the SVD).
 """
 
 from dataclasses import dataclass, replace
@@ -40,7 +46,9 @@ from files import UserError
 from qwen import PROJECTIONS, KVCache, LanguageModel, NotLoaded, Qwen, apply_projection, rotary_at
 from saving import load_model, save_model
 
-MAX_STEPS = 64  # rows of each table with a row per step (step embedding, StepNorm); the depth is at most this
+# Rows of the per-step tables (step embedding, StepNorm, static table). A model's own depth is at most this. A
+# forward pass may take more steps (see loop_step).
+MAX_STEPS = 64
 
 # ---- A_k, B_k, and the low-rank update (alpha/r) B_k diag(m) A_k -----------------------------------------
 
@@ -54,7 +62,7 @@ def svd_bases(R, rank: int):
     """
     R = promote(R)
     A = top_right_singular_vectors(R, rank)  # torch.linalg.svd(R).Vh[:rank], in a faster way (fast.py)
-    B = R @ A.T  # R V = U S V^T V = U S
+    B = R @ A.T  # with V_r = A^T: R V_r = U S V^T V_r = U_r S_r
     return A, B
 
 
@@ -72,14 +80,19 @@ class SVDLoRA(nn.Module):
         self.scale = alpha / A.shape[0]
 
     def forward(self, x, m):
-        return F.linear(F.linear(x, self.A) * (self.scale * m), self.B)
+        y = F.linear(x, self.A)  # A x, [B, T, r]
+        y = y * (self.scale * m)  # (alpha/r) diag(m) A x
+        return F.linear(y, self.B)  # [B, T, out]
 
 
 # ---- m_t = Controller(pool(h), t) ------------------------------------------------------------------------
 
 
 class StepCache(KVCache):
-    """What generation keeps of one step of the loop: keys and values, and sum and count of its inputs h."""
+    """What generation keeps of one step of the loop:
+
+    keys and values, and the sum and the number of inputs h.
+    """
 
     def __init__(self):
         super().__init__()
@@ -97,7 +110,7 @@ def prefix_mean(h, cache: StepCache | None = None):
     if cache is not None:
         before = cache.input_count
         sums = sums + cache.input_sum
-        cache.input_sum = sums[:, -1:].clone()
+        cache.input_sum = sums[:, -1:].clone()  # a copy, so that the other sums can be freed
         cache.input_count += h.shape[1]
     count = torch.arange(before + 1, before + h.shape[1] + 1, device=h.device)
     return (sums / count[:, None]).to(h.dtype)
@@ -153,7 +166,7 @@ class StepNorm(nn.Module):
 
 
 class Gate(nn.Module):
-    """g = sigmoid(W_g [h_new; h] + b_g), for each channel. [B, T, d] twice -> [B, T, d]
+    """g = sigmoid(W_g [h_new; h] + b_g), for each channel. h_new and h, [B, T, d] each -> [B, T, d]
 
     W_g = 0 and b_g = -2 at the start: g = 0.12, so 88% of the old state stays.
     """
@@ -183,15 +196,13 @@ class LoopCache:
 class Ouroboros(LanguageModel):
     """The looped model on a pretrained Qwen, whose layers it shares and freezes.
 
-    ids [B, T] -> logits [B, T, V]. The arguments:
-    - prelude, coda: the number of layers that are kept at the start and at the end.
-    - recurrent: the index of the looped layer, from 0. All three have the paper's proportions by default.
-    - rank, alpha: those of the low-rank update.
-    - depth: the number of steps of the loop.
-    - modulation: "controller", or the baselines "static" and "none".
-    - pool: "prefix" (causal) or "sequence" (as published).
-    - gate, step_norm: False removes the part.
-    - bases: {k: (A_k, B_k)} of a saved model. By default they are computed from the removed layers.
+    ids [B, T] -> logits [B, T, V]. The arguments: - prelude, coda: the number of layers that are kept at
+    the start and at the end. - recurrent: the index of the looped layer, from 0. By default prelude,
+    recurrent and coda have the paper's proportions (default_cut). - rank, alpha: those of the low-rank
+    update. - depth: the number of steps of the loop. - modulation: "controller", or the baselines
+    "static" and "none". - pool: "prefix" (causal) or "sequence" (as published). - gate, step_norm: False
+    removes the part. - bases: {k: (A_k, B_k)}, those stored with a saved model. By default the removed
+    layers give them.
 
     Raises UserError for values that are not possible.
     """
@@ -253,9 +264,9 @@ class Ouroboros(LanguageModel):
             for k, (A, B) in bases.items():
                 self.lora[k] = SVDLoRA(A.to(like), B.to(like), alpha)
 
-        # Trained: Controller, gate and StepNorm, or what takes their places.
+        # Trained: Controller, gate and StepNorm, or what takes their place.
         d = qwen.config.hidden_size
-        self.pool = no_pool
+        self.pool = no_pool  # static and none do not look at h
         if modulation == "controller":
             self.pool = POOLS[pool]
             self.controller = Controller(d, rank)
@@ -285,7 +296,7 @@ class Ouroboros(LanguageModel):
             bases[k] = (A.to(W), B.to(W))
         return bases
 
-    # -- The forward pass. Its parts are methods, some of which patch.py overrides.
+    # -- The forward pass. Its parts are methods so that a subclass can override them, as patch.py does.
 
     def hidden(self, ids, cache: LoopCache | None = None, depth: int | None = None):
         """ids [B, T] -> normalised last hidden states [B, T, d].
@@ -394,7 +405,7 @@ class Ouroboros(LanguageModel):
     def save(self, folder, more_tensors: dict | None = None, **about):
         """Write the trained weights, the bases and the settings to folder/ouroboros.safetensors.
 
-        more_tensors, about: what else the file is to hold; `about` must be JSON values.
+        more_tensors, about: further tensors and JSON values to store in the file.
         """
         save_model(self, folder, more_tensors, **about)
 
@@ -403,8 +414,8 @@ class Ouroboros(LanguageModel):
         """The model that save() wrote to a folder.
 
         base: where the pretrained model is now, if it was moved. checkpoint: the content of the file, if
-        read_checkpoint has read it already. Raises UserError if the folder or the pretrained model do not
-        fit.
+        read_checkpoint has read it already. Raises UserError if the folder holds no such model, or if the
+        pretrained model is not the one it was made from.
         """
         return load_model(cls, folder, base, dtype, device, checkpoint)
 
@@ -418,10 +429,7 @@ def sequence_mean(h, cache=None):
 
 
 def no_pool(h, cache=None):
-    """The pool where the diagonals do not depend on h:
-
-    h itself, of which StaticModulation reads the type.
-    """
+    """For modulations that do not look at h: returns h unchanged. StaticModulation uses only its dtype."""
     return h
 
 
@@ -429,7 +437,8 @@ POOLS = {"prefix": prefix_mean, "sequence": sequence_mean}
 
 
 class StaticModulation(nn.Module):
-    """In the place of the Controller, a trained table [MAX_STEPS, 7, r] without an input -> {k: [r]}.
+    """Instead of the Controller: a trained table [MAX_STEPS, 7, r] that depends on the step only -> {k:
+    [r]}.
 
     It is zero at the start.
     """
@@ -444,7 +453,7 @@ class StaticModulation(nn.Module):
 
 
 class NoModulation(nn.Module):
-    """In the place of the Controller, nothing: the weights of the recurrent layer stay as they are."""
+    """Instead of the Controller: nothing. The weights of the recurrent layer stay as they are."""
 
     def forward(self, pooled, t: int):
         return None
@@ -468,16 +477,16 @@ class NoGate(nn.Module):
 
 
 def default_cut(num_layers: int) -> tuple[int, int, int]:
-    """(prelude, recurrent, coda) in the paper's proportions:
+    """(prelude, recurrent, coda) in the paper's proportions.
 
-    of 36 layers 8 and 8 are kept, 18 is looped.
+    Of 36 layers, the first 8 and the last 8 are kept, and layer 18, counted from 0, is looped.
     """
     ends = round(num_layers * 8 / 36)
     return ends, num_layers // 2, ends
 
 
 def checked_cut(num_layers: int, prelude, recurrent, coda) -> tuple[int, int, int]:
-    """(prelude, recurrent, coda), with the defaults in the place of None.
+    """(prelude, recurrent, coda), with defaults instead of None.
 
     Raises UserError unless layers are kept at both ends, the recurrent one lies between, and one is
     removed.
@@ -501,7 +510,7 @@ def checked_cut(num_layers: int, prelude, recurrent, coda) -> tuple[int, int, in
 
 
 def check_rank(layer, rank: int):
-    """Raise UserError unless every projection of the layer has a rank that high."""
+    """Raise UserError unless 1 <= rank <= the smaller side of every projection of the layer."""
     largest = min(min(projection.weight.shape) for projection in layer.projections().values())
     if not 1 <= rank <= largest:
         raise UserError(f"rank {rank} does not fit this model: its smallest projection allows 1 to {largest}")

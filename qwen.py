@@ -1,9 +1,9 @@
 """The Qwen2.5 decoder in plain PyTorch: the model, its generation and its loading.
 
 One thing here is unusual. A layer does not call its projections itself: where one would write linear(x),
-it calls project(linear, x, name), and `project` is an argument of the layer. By default project(linear,
-x, name) is linear(x). ouroboros.py passes a function that adds a low-rank update, which differs from
-position to position.
+it calls project(linear, x, name), and `project` is an argument of the layer's forward. By default
+project(linear, x, name) is linear(x). ouroboros.py passes a function that adds a low-rank update, which
+differs from position to position.
 
 Letters in shapes: B sequences, T tokens, S tokens including those in a cache (S >= T), d hidden_size,
 H attention heads, H_kv key-value heads, D head_dim, V vocab_size.
@@ -52,8 +52,8 @@ class Config:
 
 
 def rotary_at(config: Config, first: int, length: int, device):
-    """The cosine and the sine, [length, D] each in float32, of the angles at positions first ..
-    first+length-1.
+    """The cosine and the sine of the angles at positions first .. first+length-1, each [length, D], in
+    float32.
 
     Position p rotates the pair of channels (i, i + D/2) of a head by the angle p * theta^(-2i/D).
     """
@@ -73,7 +73,8 @@ def rotate_half(x):
 def rotate(x, rotary):
     """Rotate each pair (a, b) to (a cos - b sin, b cos + a sin). x [B, H, T, D] -> [B, H, T, D]"""
     cos, sin = rotary
-    return torch.addcmul(x * cos, rotate_half(x), sin).to(x.dtype)  # x cos + rotate_half(x) sin, in float32
+    # x cos + rotate_half(x) sin. cos and sin are float32, so the sum is too.
+    return torch.addcmul(x * cos, rotate_half(x), sin).to(x.dtype)
 
 
 # ---- The parts of a layer --------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def attend(q, k, v):
     """
     T, S = q.shape[2], k.shape[2]
     if not fused_attention_fits(q, S):
-        # On MPS, for short bfloat16 on a CPU and for float32 on CUDA: the same in another form (fast.py).
+        # On MPS, for short bfloat16 sequences on a CPU, for float32 on CUDA: in another form (fast.py).
         return attend_without_groups(q, k, v)
     if T == 1:  # a single new token sees all keys
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
@@ -101,7 +102,7 @@ def attend(q, k, v):
 def apply_projection(projection: nn.Linear, x, name: str):
     """The default for `project`: apply the projection as it is. x [B, T, in] -> [B, T, out]
 
-    name, one of PROJECTIONS, is not used here. A function in the place of this one may need it.
+    name, one of PROJECTIONS, is not used here. A function in its place may need it.
     """
     return projection(x)
 
@@ -215,7 +216,8 @@ class LanguageModel(nn.Module):
     """What the plain and the looped model share: it turns hidden states into logits, a loss or text.
 
     A subclass has the attributes config, embed_tokens and lm_head (None where the head is tied to the
-    embedding). **options are passed on to its hidden(): the looped model takes `depth`.
+    embedding). **options are passed on to hidden(), and by generate() to new_cache() too: the looped
+    model takes `depth`.
     """
 
     def hidden(self, ids, cache=None, **options):
@@ -226,7 +228,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def new_cache(self, **options):
-        """An empty cache for hidden(); None if the model cannot use one."""
+        """An empty cache for hidden(). None if the model cannot use one; generate() then recomputes all."""
         raise NotImplementedError
 
     @property
@@ -280,7 +282,7 @@ class LanguageModel(nn.Module):
 
 
 class NotLoaded(nn.Module):
-    """In the place of a layer that was not loaded."""
+    """Stands in for a layer that was not loaded."""
 
 
 class Qwen(LanguageModel):
@@ -316,12 +318,12 @@ class Qwen(LanguageModel):
 
     @classmethod
     def from_pretrained(cls, folder_or_repo, dtype=torch.float32, device="cpu", layers=None) -> "Qwen":
-        """Load and freeze the weights of a folder, of a Hub repository, or of "tiny", which is in this
-        repository.
+        """Load and freeze the weights of a folder, of a Hub repository, or of "tiny", a small model that
+        comes with this program.
 
-        layers: the numbers of the layers to load, by default all. A saved Ouroboros does not need those
-        that it has removed; a NotLoaded takes their place. Raises UserError for a checkpoint that is
-        damaged or that this decoder cannot run.
+        layers: the indices of the layers to load, by default all. Each other one becomes a NotLoaded; a
+        saved Ouroboros (ouroboros.py) does not need the layers that it has removed. Raises UserError for
+        a checkpoint that is damaged or that this decoder cannot run.
         """
         config = Config.from_pretrained(folder_or_repo)
         left_out = set()

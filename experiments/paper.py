@@ -42,7 +42,7 @@ from options import parse_options
 from ouroboros import Ouroboros
 from patch import Patched
 from qwen import Qwen
-from train import claim_run, train
+from train import check_same_text, hash_of_text, train
 
 BASELINES = "baselines"  # the name under which the full and the cut model are evaluated
 
@@ -164,7 +164,10 @@ def train_and_measure(run: Run, study: Study):
         options.target_offset,
         options.seed,
     )
-    claim_run(options, training, is_new)
+    if is_new:
+        options.text_hash = hash_of_text(training)
+    else:
+        check_same_text(options, training)
 
     # ---- Training
     if train(model, training, texts["held-out"], options, device, checkpoint):
