@@ -1,6 +1,7 @@
 """Fixtures that several files share."""
 
 import pytest
+import torch
 from helpers import make_pretrained
 
 
@@ -10,6 +11,12 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Every test draws the same numbers, whichever tests run before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -64,6 +64,21 @@ def test_a_model_is_saved_without_its_base_and_loaded_without_an_svd(base, tmp_p
 TRAINED = ("controller.", "gate.", "step_norm.")
 
 
+def test_the_tensors_of_a_checkpoint_do_not_change_with_its_file(tmp_path):
+    write_checkpoint(tmp_path, {"x": torch.arange(1000)}, {})
+    tensors, _ = read_checkpoint(tmp_path)
+    path = tmp_path / "ouroboros.safetensors"
+    with open(path, "r+b") as file:  # in place: a file that is mapped into memory would be seen to change
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(tensors["x"], torch.arange(1000))
+
+
+def test_the_bases_of_layers_that_were_not_loaded_must_be_given(base):
+    qwen = Qwen.from_pretrained(base, layers=[0, 1, 3, 4, 5])
+    with pytest.raises(ValueError, match="the removed layers were not loaded"):
+        Ouroboros(qwen, prelude=2, recurrent=3, coda=2, rank=4)
+
+
 def test_more_tensors_and_notes_are_kept_beside_the_model(base, tmp_path):
     model = Ouroboros(Qwen.from_pretrained(base), rank=4)
     model.save(tmp_path / "run", {"more": torch.arange(3)}, step=7, note={"a": [1, None]})

@@ -7,7 +7,6 @@ import torch
 from helpers import (
     SETTINGS,
     SMALL,
-    TOKENIZER,
     assert_refused_at_once,
     greedy_without_cache,
     looped,
@@ -20,7 +19,7 @@ from helpers import (
 )
 
 from ouroboros import Ouroboros
-from qwen import Qwen
+from qwen import Qwen, load_tokenizer
 
 # ---- The cache -------------------------------------------------------------------------------------------
 
@@ -97,6 +96,12 @@ def test_a_cache_can_be_fed_in_pieces(name):
     assert torch.allclose(torch.cat(logits, dim=1), model(ids), atol=1e-9)
 
 
+def test_a_cache_of_another_depth_is_not_used():
+    model = small_model()
+    with pytest.raises(AssertionError, match="the cache was made for another depth"):
+        model(tokens(), cache=model.new_cache(depth=2), depth=3)
+
+
 # ---- The end of a text -----------------------------------------------------------------------------------
 
 
@@ -148,14 +153,19 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_temperature():
 
 
 @pytest.mark.parametrize("name", ["whole", "patched"])
-def test_sample_continues_a_prompt_with_a_saved_model(name, pretrained, tmp_path):
-    model = looped(Qwen.from_pretrained(pretrained), rank=4, depth=2, **SETTINGS[name])
+def test_sample_continues_a_prompt_with_a_saved_model_at_the_depth_that_is_asked_for(name, tmp_path):
+    model = looped(Qwen.from_pretrained("tiny"), rank=4, depth=2, **SETTINGS[name])
+    move_trained_weights(model, 0.05)  # so much that the depth matters
     model.save(tmp_path / "run")
-    ids = torch.tensor([TOKENIZER.encode("doc1 doc1").ids])
-    expected = TOKENIZER.decode(model.generate(ids, 9, depth=3)[0].tolist())
+    tokenizer = load_tokenizer("tiny")
+    prompt = "def forward(self, x):"
+    ids = torch.tensor([tokenizer.encode(prompt).ids])
+    expected = model.generate(ids, 12, depth=3)
+    assert not torch.equal(expected, model.generate(ids, 12))
 
-    options = ["--prompt", "doc1 doc1", "--max-new-tokens", 9, "--depth", 3, "--device", "cpu"]
-    assert succeed("sample.py", tmp_path / "run", *options) == expected + "\n"
+    options = ["--prompt", prompt, "--max-new-tokens", 12, "--depth", 3, "--device", "cpu"]
+    printed = succeed("sample.py", tmp_path / "run", *options)
+    assert printed == tokenizer.decode(expected[0].tolist()) + "\n"
 
 
 def test_sample_refuses_an_empty_prompt_and_takes_a_base_that_was_moved(pretrained, tmp_path):

@@ -151,6 +151,16 @@ def test_a_layer_that_is_not_asked_for_takes_no_memory(tmp_path):
         assert list(some.layers[i].parameters()) == []
 
 
+def test_a_loaded_model_does_not_change_with_its_file(tmp_path):
+    folder = folder_of(small_qwen(), tmp_path)
+    qwen = Qwen.from_pretrained(folder)
+    before = qwen(tokens())
+    path = folder / "model.safetensors"
+    with open(path, "r+b") as file:  # in place: a file that is mapped into memory would be seen to change
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(qwen(tokens()), before)
+
+
 def test_a_copy_of_a_tied_head_and_stored_rotary_constants_are_passed_over(tmp_path):
     folder = folder_of(small_qwen(), tmp_path)
     state = load_file(folder / "model.safetensors")

@@ -203,7 +203,7 @@ def test_a_folder_removed_under_a_run_is_one_clear_line(pretrained, tmp_path):
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build's libraries alone may not fit")
 def test_out_of_memory_ends_with_the_number_and_what_helps(pretrained, tmp_path):
     program, *options = quick_run(pretrained, 200)
-    options += ["--depth", 64, "--seq-len", 256, "--batch-size", 512, "--out", tmp_path / "run"]
+    options += ["--seq-len", 256, "--batch-size", 16384, "--out", tmp_path / "run"]
     command = [sys.executable, ROOT / program, *options, "--device", "cpu"]
     shell = "ulimit -v 4000000; exec " + " ".join(map(str, command))
     result = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=600)
