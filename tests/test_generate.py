@@ -18,7 +18,9 @@ from helpers import (
     tokens,
 )
 
+from device import pick_dtype
 from ouroboros import Ouroboros
+from patch import load_run
 from qwen import Qwen, load_tokenizer
 
 # ---- The cache -------------------------------------------------------------------------------------------
@@ -154,16 +156,19 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_temperature():
 
 @pytest.mark.parametrize("name", ["whole", "patched"])
 def test_sample_continues_a_prompt_with_a_saved_model_at_the_depth_that_is_asked_for(name, tmp_path):
-    model = looped(Qwen.from_pretrained("tiny"), rank=4, depth=2, **SETTINGS[name])
-    move_trained_weights(model, 0.05)  # so much that the depth matters
+    model = looped(Qwen.from_pretrained("tiny"), rank=4, depth=1, **SETTINGS[name])
+    move_trained_weights(model, 0.02)
     model.save(tmp_path / "run")
+
+    dtype = pick_dtype("auto", torch.device("cpu"))  # the program's
+    model = load_run(tmp_path / "run", dtype=dtype)
     tokenizer = load_tokenizer("tiny")
     prompt = "def forward(self, x):"
     ids = torch.tensor([tokenizer.encode(prompt).ids])
-    expected = model.generate(ids, 12, depth=3)
+    expected = model.generate(ids, 12, depth=4)
     assert not torch.equal(expected, model.generate(ids, 12))
 
-    options = ["--prompt", prompt, "--max-new-tokens", 12, "--depth", 3, "--device", "cpu"]
+    options = ["--prompt", prompt, "--max-new-tokens", 12, "--depth", 4, "--device", "cpu"]
     printed = succeed("sample.py", tmp_path / "run", *options)
     assert printed == tokenizer.decode(expected[0].tolist()) + "\n"
 
