@@ -12,17 +12,12 @@ from files import UserError, exit_on_user_error, explaining, read_json, replace_
 def plot_losses(run: Path):
     """Draw run/loss.png: training and held-out loss by step, with the full and the cut model as lines."""
     results = read_json(run / "results.json")
-    with explaining(run / "log.jsonl", "read as a line of JSON for each step"):
-        lines = (run / "log.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-    evaluated = [row for row in rows if "held_out" in row]
+    training, held_out = read_losses(run / "log.jsonl")
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    steps = [row["step"] for row in rows]
-    axes.plot(steps, [row["loss"] for row in rows], color="0.7", linewidth=0.8, label="training")
-    steps = [row["step"] for row in evaluated]
-    axes.plot(steps, [row["held_out"] for row in evaluated], "o-", color="black", label="held-out")
+    axes.plot(training.keys(), training.values(), color="0.7", linewidth=0.8, label="training")
+    axes.plot(held_out.keys(), held_out.values(), "o-", color="black", label="held-out")
     for name, style in (("cut", ":"), ("full", "--")):
         loss = results[name]["held-out"]
         axes.axhline(loss, color="black", linestyle=style, label=f"{name} model, held-out")
@@ -30,6 +25,19 @@ def plot_losses(run: Path):
     axes.legend()
 
     replace_file(run / "loss.png", lambda part: figure.savefig(part, dpi=130, format="png"))
+
+
+def read_losses(log: Path) -> tuple[dict, dict]:
+    """{step: training loss} and {step: held-out loss} of a log.jsonl."""
+    training = {}
+    held_out = {}
+    with explaining(log, "read as a line of JSON for each step"):
+        for line in log.read_text().splitlines():
+            row = json.loads(line)
+            training[row["step"]] = row["loss"]
+            if "held_out" in row:
+                held_out[row["step"]] = row["held_out"]
+    return training, held_out
 
 
 def main():

@@ -16,9 +16,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from files import UserError
 
-UNDER_TORCHRUN = "MASTER_ADDR" in os.environ
-RANK = int(os.environ.get("RANK", 0)) if UNDER_TORCHRUN else 0
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if UNDER_TORCHRUN else 1
+RANK = 0
+WORLD_SIZE = 1
+if "MASTER_ADDR" in os.environ:  # set by torchrun; other programs set RANK and WORLD_SIZE alone
+    RANK = int(os.environ.get("RANK", RANK))
+    WORLD_SIZE = int(os.environ.get("WORLD_SIZE", WORLD_SIZE))
 
 
 def join_processes(device: torch.device, sequences_per_step: int):

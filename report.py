@@ -98,11 +98,16 @@ def print_results(model: Ouroboros, results: dict):
     }
     columns = list(results["full"])
 
-    print("\n" + " " * 24 + "".join(f"{column:>15}" for column in columns))
+    print()
+    print_row("", columns)
     for key, name in names.items():
-        print(f"{name:24}" + "".join(f"{results[key][column]:15.3f}" for column in columns))
-    gaps = "".join(f"{gap_recovered(results, column):15.1%}" for column in columns)
-    print(f"{'gap recovered':24}{gaps}")
+        print_row(name, [f"{results[key][column]:.3f}" for column in columns])
+    print_row("gap recovered", [f"{gap_recovered(results, column):.1%}" for column in columns])
+
+
+def print_row(name: str, cells: list[str]):
+    """Print a row of the results table."""
+    print(f"{name:24}" + "".join(f"{cell:>15}" for cell in cells))
 
 
 def print_sample(model: Ouroboros, tokenizer, held_out, seed: int, device):
