@@ -165,7 +165,7 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
     option(
         task,
         "--model",
-        "The folder or Hub name of a Qwen2.5 checkpoint, or tiny, which comes with this program.",
+        "The folder or Hub name of a Qwen2.5 or Llama checkpoint, or tiny, which comes with this program.",
         paper="Qwen/Qwen2.5-3B",
     )
     option(
