@@ -18,20 +18,19 @@ from qwen import Qwen
 def save_model(model, folder, more_tensors: dict | None = None, **about):
     """Write the model to folder/ouroboros.safetensors, with more tensors and more about it (JSON values).
 
-    The file is written whole or not at all. Raises UserError if the pretrained model was not loaded from
-    files, so that nobody could load it again, and for a folder in which something would be lost.
+    The file is written whole or not at all. A pretrained model that was not loaded from files has no name
+    and no fingerprint: load() then needs `base` and cannot check it. Raises UserError for a folder in which
+    something would be lost.
     """
     check_folder(Path(folder), is_training="step" in about)
-    if model.source is None:
-        raise UserError(
-            "this model cannot be saved: its pretrained model was not loaded from files, so load() would not "
-            "find it; make it with Qwen.from_pretrained(folder)"
-        )
+    expected = model.fingerprint
+    if expected is None and model.source is not None:
+        expected = fingerprint(model.source)
     tensors = {**model.saved_tensors(), **(more_tensors or {})}
     about["model"] = {
         "class": type(model).__name__,
         "base": model.source,
-        "fingerprint": model.fingerprint or fingerprint(model.source),
+        "fingerprint": expected,  # None if the pretrained model was not loaded from files
         "num_layers": model.config.num_hidden_layers,
         "settings": model.settings,
     }
@@ -68,7 +67,13 @@ def load_model(cls, folder, base=None, dtype=torch.float32, device="cpu", checkp
 
     check_settings(cls, folder, settings)
     base = base or saved["base"]
-    check_same_model(base, saved["fingerprint"], folder)
+    if base is None:
+        raise UserError(
+            f"{folder}: its pretrained model was not loaded from files; name the folder in which it lies now "
+            "(--model, or base= in Python)"
+        )
+    if saved["fingerprint"] is not None:
+        check_same_model(base, saved["fingerprint"], folder)
 
     first_of_coda = saved["num_layers"] - settings["coda"]
     kept = {*range(settings["prelude"]), settings["recurrent"], *range(first_of_coda, saved["num_layers"])}

@@ -162,10 +162,12 @@ def test_a_base_is_recognised_when_its_files_are_spread_another_way(base, tmp_pa
     assert Ouroboros.load(tmp_path / "run").depth == 8
 
 
-def test_a_model_whose_base_lies_in_no_file_cannot_be_saved(tmp_path):
-    with pytest.raises(UserError, match="cannot be saved: its pretrained model was not loaded from files"):
-        small_model().save(tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_a_model_whose_base_was_in_no_file_is_loaded_with_a_base_that_is_named(base, tmp_path):
+    model = small_model()
+    model.save(tmp_path / "run")
+    with pytest.raises(UserError, match="its pretrained model was not loaded from files; name the folder"):
+        Ouroboros.load(tmp_path / "run")
+    assert torch.equal(Ouroboros.load(tmp_path / "run", base=base)(tokens()), model(tokens()))
 
 
 def test_a_base_is_recognised_in_bfloat16_too(base, tmp_path):

@@ -8,7 +8,6 @@ import os
 import shutil
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,13 +99,15 @@ def test_parity_with_transformers_for_random_llamas(seed, tmp_path):
 @needs_transformers
 @pytest.mark.parametrize("folder", os.environ.get("PARITY_FOLDERS", "").split())
 def test_parity_of_pretrained_models_as_llamas(folder, tmp_path):
-    config = json.loads((Path(folder) / "config.json").read_text())
-    if Qwen.from_pretrained(folder).layers[0].self_attn.q_proj.bias is not None:
+    qwen = Qwen.from_pretrained(folder)
+    biases = [p for name, p in qwen.named_parameters() if name.endswith("proj.bias")]
+    if any(bias.any() for bias in biases):
         pytest.skip("a Llama has no biases")
-    config.update(model_type="llama", architectures=["LlamaForCausalLM"])
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    for path in Path(folder).glob("*.safetensors*"):
-        (tmp_path / path.name).symlink_to(path.resolve())
+    for layer in qwen.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            layer.self_attn.get_submodule(name).bias = None
+    llama = dict(model_type="llama", architectures=["LlamaForCausalLM"], use_sliding_window=None)
+    folder_of(qwen, tmp_path, **llama)
     assert_parity(tmp_path, 4096)
 
 
