@@ -45,7 +45,9 @@ def assert_parity(folder, vocabulary: int):
     theirs.eval()
 
     ids = tokens(2, 200, vocabulary=vocabulary)
-    assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
+    logits = theirs(ids).logits
+    largest = logits.abs().max()
+    assert (ours(ids) - logits).abs().max() < max(1e-4, 1e-5 * largest)  # rounding grows with the logits
     prompt = ids[:1, :20]
     expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)
     assert torch.equal(ours.generate(prompt, 20), expected)

@@ -115,7 +115,6 @@ def test_what_may_change_on_the_way_changes_and_the_rest_is_refused(pretrained, 
     succeed(*quick_run(pretrained, 6), "--out", out)
     for changed, message in (
         (["--rank", "5"], "--rank cannot change"),
-        (["--model", "tiny"], "--model cannot change"),
         (["--data", "python"], "--data cannot change"),
         (["--no-gate"], "--gate cannot change"),
         (["--seed", "1"], "--seed cannot change"),
