@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from files import UserError, explaining, replace_file
+from hub import is_hub_name, locate
 
 FILE_NAME = "ouroboros.safetensors"
-FORMAT = 2  # changes when the names in a checkpoint change
+FORMAT = 3  # changes when the names in a checkpoint change
 STEP_FOLDER = "step-" + 7 * "[0-9]"  # a pattern for glob
 
 
@@ -28,16 +29,6 @@ def checksum(tensors: dict, about: str) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def fingerprint(tensors: dict) -> str:
-    """A short hash of about 1,024 values of each tensor, whatever type and device they are held in."""
-    samples = {}
-    for name, tensor in tensors.items():
-        values = tensor.detach().flatten()
-        stride = max(1, len(values) // 1024)
-        samples[name] = values[::stride].bfloat16()
-    return checksum(samples, "")[:16]
 
 
 def write_checkpoint(folder, tensors: dict, about: dict):
@@ -53,9 +44,14 @@ def write_checkpoint(folder, tensors: dict, about: dict):
 def read_checkpoint(folder) -> tuple[dict, dict]:
     """The (tensors, about) of a checkpoint's folder or, for a run's folder, of its newest whole checkpoint.
 
-    A damaged checkpoint is named on stderr and the one before it is read. Raises UserError if none is
-    whole.
+    folder may be a Hub repository that holds ouroboros.safetensors. A damaged checkpoint is named on
+    stderr and the one before it is read. Raises UserError if none is whole.
     """
+    if is_on_hub(folder):
+        return read_one_checkpoint(locate(folder, FILE_NAME))
+    if not holds_checkpoint(Path(folder)):
+        raise no_such_run(folder)
+
     candidates = sorted(Path(folder).glob(STEP_FOLDER), reverse=True)
     if not candidates:
         candidates = [Path(folder)]
@@ -66,6 +62,36 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
         except UserError as error:
             print(f"{error}; the checkpoint before it is read instead", file=sys.stderr)
     return read_one_checkpoint(candidates[-1] / FILE_NAME)
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one of a checkpoint or of a run."""
+    is_step = folder.match(STEP_FOLDER) and folder.is_dir()
+    return is_step or (folder / FILE_NAME).exists() or any(folder.glob(STEP_FOLDER))
+
+
+def is_on_hub(folder) -> bool:
+    """Whether a name can only mean a Hub repository.
+
+    runs/NAME never does, and OWNER/NAME does not if there is a folder OWNER here: it is a mistyped run.
+    """
+    path = Path(folder)
+    return is_hub_name(str(folder)) and not path.parent.exists() and str(path.parent) not in ("runs", "..")
+
+
+def no_such_run(folder) -> UserError:
+    """The error for a folder without a checkpoint. It lists the runs in the folder or beside it."""
+    folder = Path(folder)
+    place = folder if folder.is_dir() else folder.parent
+    runs = []
+    if place.is_dir():
+        for path in sorted(place.iterdir()):
+            if holds_checkpoint(path):
+                runs.append(path.name)
+    if not runs:
+        return UserError(f"{folder}: no such run, and none in {place}; give a folder that train.py wrote")
+    shown = ", ".join(runs[:20]) + (" ..." if len(runs) > 20 else "")
+    return UserError(f"{folder}: no such run; the runs in {place} are: {shown}")
 
 
 def read_one_checkpoint(path: Path) -> tuple[dict, dict]:

@@ -18,10 +18,9 @@ import torch
 from tokenizers import Tokenizer
 
 from files import UserError, cache_folder, explaining, replace_file
-from hub import load_tokenizer, locate
+from hub import END_OF_TEXT, load_tokenizer, locate
 
 CHUNK_CHARACTERS = 8_000_000  # of text in a chunk, about two million tokens
-END_OF_TEXT = "<|endoftext|>"
 FINEWEB = "kjj0/finewebedu10B-gpt2"  # a data set of the Hub
 GPT2 = "openai-community/gpt2"
 GPT2_END_OF_TEXT = 50256

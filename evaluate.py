@@ -3,11 +3,11 @@
 of the model, of the full model it was cut from, and of the cut model.
 """
 
+import hashlib
 import json
 
 import torch
 
-from checkpoint import fingerprint
 from data import Batches
 from files import cache_folder, explaining, read_json, replace_file
 from ouroboros import Ouroboros
@@ -45,14 +45,20 @@ def evaluate_baselines(
     then kept.
 
     qwen: the full model; None if it is not loaded, then it is loaded here if its losses are not in the
-    cache.
+    cache. The losses of a model that was not loaded from files are not kept.
     """
     dtype = model.norm.weight.dtype
-    key = [fingerprint(model.pretrained_tensors()), *(batches.folder.name for batches in columns.values())]
-    key += [args.seq_len, args.eval_sequences, device.type, dtype]
-    path = cache_folder() / "baselines" / f"{'-'.join(map(str, key))}.json"
+    key = {
+        "model": model.fingerprint,
+        "cut": [len(model.prelude), model.settings["recurrent"], len(model.coda)],
+        "texts": [batches.folder.name for batches in columns.values()],
+        "sample": [args.seq_len, args.eval_sequences],
+        "computed in": [device.type, str(dtype)],
+    }
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    path = cache_folder() / "baselines" / f"{name}.json"
 
-    if not path.exists():
+    if model.fingerprint is None or not path.exists():
         print("evaluating the full and the cut model, once for this model and text", flush=True)
         if qwen is None:
             qwen = Qwen.from_pretrained(model.source, dtype, device)

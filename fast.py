@@ -19,13 +19,30 @@ from device import promote
 def head_cross_entropy(h, head, targets):
     """F.cross_entropy(h @ head.T, targets) without ever holding all logits.
 
-    h [N, d] hidden states, head [V, d], targets [N] int64; a target of -100 does not count. Returns the
-    mean over the targets that count, in nats, in float32. The logits of 2 x 2048 tokens over Qwen2.5's
-    vocabulary would take 2.5 GB in float32, and their gradient as much again.
+    h [..., d] hidden states, head [V, d], targets [...] int64; a target of -100 does not count. Returns
+    the mean over the targets that count, in nats, in float32. The logits of 2 x 2048 tokens over
+    Qwen2.5's vocabulary would take 2.5 GB in float32, and their gradient as much again. Raises ValueError
+    for targets of another shape, and IndexError for a target that is no token.
     """
+    check_targets(h, head, targets)
+    h = h.flatten(0, -2)  # [N, d]
+    targets = targets.flatten()  # [N]
     if head.requires_grad:  # HeadLoss computes no gradient of the head
         return F.cross_entropy(promote(F.linear(h, head)), targets)
     return HeadLoss.apply(h, head, targets)
+
+
+def check_targets(h, head, targets):
+    """Raise what F.cross_entropy raises for targets that do not fit. HeadLoss itself would not notice."""
+    if targets.shape != h.shape[:-1]:
+        raise ValueError(f"targets have shape {list(targets.shape)}, and ids have {list(h.shape[:-1])}")
+    is_token = (targets >= 0) & (targets < len(head))
+    fits = (is_token | (targets == -100)).all()
+    message = f"a target is neither -100 nor a token from 0 to {len(head) - 1}"
+    if targets.is_cuda:
+        torch._assert_async(fits, message)  # the program need not wait for the device
+    elif not targets.is_meta and not fits:
+        raise IndexError(message)
 
 
 class HeadLoss(torch.autograd.Function):

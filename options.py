@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from checkpoint import STEP_FOLDER, read_checkpoint
+from checkpoint import STEP_FOLDER, holds_checkpoint, no_such_run, read_checkpoint
 from data import BUILT_IN_SOURCES
 from device import pick_device
 from evaluate import EVALUATION_SEED
@@ -53,6 +53,7 @@ PRESETS = {
 MAY_CHANGE = {
     "resume",
     "eval",
+    "model",  # where it lies now; load_model recognises it by its content
     "device",
     "compile",
     "activation_checkpointing",
@@ -164,7 +165,7 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
     option(
         task,
         "--model",
-        "The folder or Hub name of a Qwen2.5 checkpoint, or tiny, which comes with this program.",
+        "The folder or Hub name of a Qwen2.5 or Llama checkpoint, or tiny, which comes with this program.",
         paper="Qwen/Qwen2.5-3B",
     )
     option(
@@ -340,6 +341,8 @@ def new_run_defaults(given) -> dict:
 def resumed_run_options(arguments: list[str], given):
     """(options, checkpoint) of a saved run: its own options, and what the command line changes."""
     folder = given.resume or given.eval
+    if not holds_checkpoint(folder):  # a run of the Hub has no folder in which it could go on
+        raise no_such_run(folder)
     checkpoint = read_checkpoint(folder)
     _, about = checkpoint
     if "options" not in about:

@@ -231,6 +231,7 @@ class Ouroboros(LanguageModel):
 
         self.config = qwen.config
         self.source = qwen.source
+        self.fingerprint = qwen.fingerprint
         self.depth = depth
         self.settings = dict(
             prelude=prelude,
@@ -390,12 +391,8 @@ class Ouroboros(LanguageModel):
 
     PRETRAINED = ("embed_tokens.", "prelude.", "recurrent.", "coda.", "norm.", "lm_head.")
 
-    def pretrained_tensors(self) -> dict[str, torch.Tensor]:
-        """name -> tensor, of all that comes from the pretrained model."""
-        return {name: t for name, t in self.state_dict().items() if name.startswith(self.PRETRAINED)}
-
     def saved_tensors(self) -> dict[str, torch.Tensor]:
-        """name -> tensor, of all else: the trained weights and the bases."""
+        """name -> tensor, of all that does not come from the pretrained model: trained weights and bases."""
         return {name: t for name, t in self.state_dict().items() if not name.startswith(self.PRETRAINED)}
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:

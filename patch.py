@@ -151,6 +151,8 @@ def load_run(folder, base=None, dtype=torch.float32, device="cpu", checkpoint=No
     here.
     """
     checkpoint = checkpoint or read_checkpoint(folder)
+    if "model" not in checkpoint[1]:
+        raise UserError(f"{folder}: was saved by other code: it holds no model")
     name = checkpoint[1]["model"]["class"]
     for known in (Ouroboros, Patched):
         if known.__name__ == name:

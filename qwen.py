@@ -18,7 +18,7 @@ from torch import nn
 
 from device import promote  # to float32, or float64 if it is that already
 from fast import attend_without_groups, fused_attention_fits, head_cross_entropy
-from hub import check_fit, full_name, read_config, read_tensors
+from hub import check_fit, fingerprint, full_name, is_weight, read_config, read_tensors
 from hub import load_tokenizer as load_tokenizer  # for those who import it from here
 
 # The names of the seven projections of a layer, as in a Hub checkpoint.
@@ -248,7 +248,7 @@ class LanguageModel(nn.Module):
         """
         h = self.hidden(ids, **options)  # [B, T, d]
         # F.cross_entropy(F.linear(h, head_weight).flatten(0, 1), targets.flatten()), in less memory (fast.py)
-        return head_cross_entropy(h.flatten(0, 1), self.head_weight, targets.flatten())
+        return head_cross_entropy(h, self.head_weight, targets)
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens=32, temperature=0.0, **options):
@@ -294,7 +294,8 @@ class Qwen(LanguageModel):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.source = None  # the folder or Hub name of the weights; a saved Ouroboros refers to it
+        self.source = None  # the folder or Hub name of the weights; a saved Ouroboros refers to it,
+        self.fingerprint = None  # and recognises it by this
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -331,9 +332,7 @@ class Qwen(LanguageModel):
             left_out = set(range(config.num_hidden_layers)) - set(layers)
 
         def needed(name: str) -> bool:
-            if name.endswith("rotary_emb.inv_freq"):  # a constant that older checkpoints store
-                return False
-            if name == "lm_head.weight" and config.tie_word_embeddings:
+            if not is_weight(name, config.tie_word_embeddings):
                 return False
             layer = re.match(r"model\.layers\.(\d+)\.", name)
             return layer is None or int(layer[1]) not in left_out
@@ -351,4 +350,5 @@ class Qwen(LanguageModel):
         model.load_state_dict(tensors, assign=True)
         model.requires_grad_(False)
         model.source = full_name(folder_or_repo)
+        model.fingerprint = fingerprint(folder_or_repo)
         return model.eval()

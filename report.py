@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
+from data import FINEWEB
 from evaluate import gap_recovered
-from files import explaining, read_json
-from hub import BUILT_IN, locate
+from hub import BUILT_IN, read_config, size_to_fetch, weight_names
 from ouroboros import Ouroboros
 from processes import WORLD_SIZE
 
@@ -18,37 +18,40 @@ from processes import WORLD_SIZE
 
 
 def announce_download(args):
-    """Print what is fetched from the Hub, and the room on the disk."""
-    gigabytes = 0.0
+    """Print how much is fetched from the Hub, and the room on the disk. What is in the cache is not."""
+    sizes = []  # in bytes; None where the Hub does not tell it
     if args.model not in BUILT_IN and not Path(args.model).is_dir():
-        gigabytes += checkpoint_gigabytes(args.model)
+        read_config(args.model)  # a model that cannot be run is refused before it is announced
+        sizes.append(size_to_fetch(args.model, weight_names(args.model)))
     if args.data == "fineweb-edu":
         tokens = args.steps * args.accumulation * args.batch_size * args.seq_len
-        shards = 1 + math.ceil(tokens / 1e8)  # one of them held out
-        gigabytes += 0.2 * shards
-    if gigabytes == 0:
+        sizes.append(size_to_fetch(FINEWEB, shard_names(tokens), repo_type="dataset"))
+    if not any(size is None or size > 0 for size in sizes):
         return
 
     hub_cache = Path(constants.HF_HUB_CACHE)
     while not hub_cache.exists():
         hub_cache = hub_cache.parent
     free = shutil.disk_usage(hub_cache).free / 1e9
-    print(
-        f"about {gigabytes:.1f} GB are fetched from the Hub, once and when needed; {free:.0f} GB are free",
-        flush=True,
-    )
+    amount = "files of unknown size"
+    if None not in sizes:
+        amount = f"about {readable_size(sum(sizes))}"
+    print(f"{amount} are fetched from the Hub, once and when needed; {free:.0f} GB are free", flush=True)
 
 
-def checkpoint_gigabytes(repo: str) -> float:
-    """The size of a Hub model's weights according to its index.
+def shard_names(tokens: int) -> list[str]:
+    """The shards of FineWeb-Edu, of 100M tokens each, that hold so many tokens, and the one held out."""
+    names = ["finewebedu_val_000000.bin"]
+    for i in range(1, 1 + min(99, math.ceil(tokens / 1e8))):
+        names.append(f"finewebedu_train_{i:06d}.bin")
+    return names
 
-    A model without an index is one file, about 1 GB.
-    """
-    index = locate(repo, "model.safetensors.index.json", required=False)
-    if index is None:
-        return 1.0
-    with explaining(index, "read as an index of weights"):
-        return read_json(index)["metadata"]["total_size"] / 1e9
+
+def readable_size(size: int) -> str:
+    """A number of bytes in MB or GB."""
+    if size < 1e8:
+        return f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.1f} GB"
 
 
 def print_parameters(model: Ouroboros):
@@ -116,6 +119,7 @@ def print_sample(model: Ouroboros, tokenizer, held_out, seed: int, device):
     prompt = ids[:, : max(1, min(48, held_out.length // 2))]
     torch.manual_seed(seed)  # a resumed run ends with the same text
     out = model.generate(prompt, 48, temperature=0.7)
-    text = tokenizer.decode(prompt[0].tolist())
-    continuation = tokenizer.decode(out[0, prompt.shape[1] :].tolist())
+    # special tokens too: without them, the end of one document and the beginning of the next run together
+    text = tokenizer.decode(prompt[0].tolist(), skip_special_tokens=False)
+    continuation = tokenizer.decode(out[0, prompt.shape[1] :].tolist(), skip_special_tokens=False)
     print(f"\nheld-out text, and after the bar how the model continues it:\n{text}\u2502{continuation}")

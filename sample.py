@@ -1,5 +1,6 @@
 """Continue a prompt with a trained run: python sample.py runs/NAME --prompt "..." """
 
+import math
 from argparse import SUPPRESS, ArgumentParser
 
 import torch
@@ -29,8 +30,19 @@ def parse_options():
     return parser.parse_args()
 
 
+def check_options(options):
+    """Raise UserError for a number that makes no sense, before the model is loaded."""
+    if not (math.isfinite(options.temperature) and options.temperature >= 0):
+        raise UserError(f"--temperature {options.temperature}: give 0, or a number above 0 such as 0.8")
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens}: give a whole number from 1 on")
+    if options.depth is not None and options.depth < 1:
+        raise UserError(f"--depth {options.depth}: give a whole number from 1 on")
+
+
 def main():
     options = parse_options()
+    check_options(options)
     keep_freed_memory()
     device = pick_device(options.device)
     model = load_run(options.run, options.model, pick_dtype("auto", device), device)
@@ -43,7 +55,7 @@ def main():
 
     ids = torch.tensor([ids], device=device)
     out = model.generate(ids, options.max_new_tokens, options.temperature, depth=options.depth)
-    print(tokenizer.decode(out[0].tolist()))
+    print(tokenizer.decode(out[0].tolist(), skip_special_tokens=False))  # the end of the text is shown
 
 
 if __name__ == "__main__":

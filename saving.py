@@ -1,30 +1,50 @@
 """Saving and loading of looped models: their own weights, and which pretrained model they belong to.
 
 A saved model holds the trained weights and the SVD bases. The pretrained weights are not copied: the file
-has their name and a fingerprint, a hash of samples of them, and loading checks it.
+has their name and their fingerprint (hub.py), and loading checks it.
 """
+
+import inspect
+from pathlib import Path
 
 import torch
 
-from checkpoint import fingerprint, read_checkpoint, write_checkpoint
+from checkpoint import FILE_NAME, STEP_FOLDER, read_checkpoint, write_checkpoint
 from files import UserError
+from hub import check_same_model, fingerprint
 from qwen import Qwen
 
 
 def save_model(model, folder, more_tensors: dict | None = None, **about):
     """Write the model to folder/ouroboros.safetensors, with more tensors and more about it (JSON values).
 
-    The file is written whole or not at all.
+    The file is written whole or not at all. A pretrained model that was not loaded from files has no name
+    and no fingerprint: load() then needs `base` and cannot check it. Raises UserError for a folder in which
+    something would be lost.
     """
+    check_folder(Path(folder), is_training="step" in about)
+    expected = model.fingerprint
+    if expected is None and model.source is not None:
+        expected = fingerprint(model.source)
     tensors = {**model.saved_tensors(), **(more_tensors or {})}
     about["model"] = {
         "class": type(model).__name__,
         "base": model.source,
-        "fingerprint": fingerprint(model.pretrained_tensors()),
+        "fingerprint": expected,  # None if the pretrained model was not loaded from files
         "num_layers": model.config.num_hidden_layers,
         "settings": model.settings,
     }
     write_checkpoint(folder, tensors, about)
+
+
+def check_folder(folder: Path, is_training: bool):
+    """Raise UserError for a folder in which a saved model would hide or replace the checkpoints of a run."""
+    if any(folder.glob(STEP_FOLDER)):
+        raise UserError(
+            f"{folder}: holds the checkpoints of a run, which would be loaded instead; choose another folder"
+        )
+    if folder.match(STEP_FOLDER) and (folder / FILE_NAME).exists() and not is_training:
+        raise UserError(f"{folder}: is a checkpoint from which a run can go on; choose another folder")
 
 
 def load_model(cls, folder, base=None, dtype=torch.float32, device="cpu", checkpoint=None):
@@ -35,6 +55,8 @@ def load_model(cls, folder, base=None, dtype=torch.float32, device="cpu", checkp
     another one, or the saved model is of another class.
     """
     tensors, about = checkpoint or read_checkpoint(folder)
+    if "model" not in about:
+        raise UserError(f"{folder}: was saved by other code: it holds no model")
     saved = about["model"]
     settings = saved["settings"]
     if saved["class"] != cls.__name__:
@@ -43,14 +65,20 @@ def load_model(cls, folder, base=None, dtype=torch.float32, device="cpu", checkp
             "patch.py opens any run"
         )
 
+    check_settings(cls, folder, settings)
+    base = base or saved["base"]
+    if base is None:
+        raise UserError(
+            f"{folder}: its pretrained model was not loaded from files; name the folder in which it lies now "
+            "(--model, or base= in Python)"
+        )
+    if saved["fingerprint"] is not None:
+        check_same_model(base, saved["fingerprint"], folder)
+
     first_of_coda = saved["num_layers"] - settings["coda"]
     kept = {*range(settings["prelude"]), settings["recurrent"], *range(first_of_coda, saved["num_layers"])}
-    qwen = Qwen.from_pretrained(base or saved["base"], dtype, device, layers=kept)
+    qwen = Qwen.from_pretrained(base, dtype, device, layers=kept)
     model = cls(qwen, bases=saved_bases(tensors), **settings)
-    if fingerprint(model.pretrained_tensors()) != saved["fingerprint"]:
-        raise UserError(
-            f"{base or saved['base']} is not the model on which {folder} was trained ({saved['base']})"
-        )
 
     own = {}
     for name, tensor in model.saved_tensors().items():
@@ -62,11 +90,22 @@ def load_model(cls, folder, base=None, dtype=torch.float32, device="cpu", checkp
     return model
 
 
+def check_settings(cls, folder, settings: dict):
+    """Raise UserError for a saved setting that the class does not have."""
+    known = set()
+    for parent in cls.__mro__:
+        known.update(inspect.signature(parent.__init__).parameters)
+    for name in settings:
+        if name not in known:
+            raise UserError(f"{folder}: was saved by other code: {cls.__name__} has no setting {name}")
+
+
 def saved_bases(tensors: dict) -> dict:
     """{k: (A_k, B_k)} of a saved model."""
     bases = {}
     for name, tensor in tensors.items():
         if name.startswith("lora.") and name.endswith(".A"):
             k = name.split(".")[1]
-            bases[k] = (tensor, tensors[f"lora.{k}.B"])
+            if f"lora.{k}.B" in tensors:  # load_model names what is missing
+                bases[k] = (tensor, tensors[f"lora.{k}.B"])
     return bases

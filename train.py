@@ -58,7 +58,7 @@ def main():
         model = new_model(qwen, options)
     else:
         qwen = None  # the full model is loaded only if its losses are not known yet
-        model = load_run(options.out, None, dtype, device, checkpoint)
+        model = load_run(options.out, options.model, dtype, device, checkpoint)
     broadcast_from_first(model.saved_tensors().values())  # other hardware would round the bases another way
 
     # ---- Data ----------------------------------------------------------------------------------------------

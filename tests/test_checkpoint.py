@@ -11,10 +11,12 @@ from helpers import (
     looped,
     loss_and_gradients,
     move_trained_weights,
+    shard,
     small_model,
     small_qwen,
     tokens,
 )
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import (
@@ -26,7 +28,9 @@ from checkpoint import (
     write_checkpoint,
 )
 from files import UserError, replace_file
+from hub import fingerprint
 from ouroboros import Ouroboros
+from patch import load_run
 from qwen import Qwen
 
 
@@ -121,7 +125,9 @@ def test_a_model_is_refused_on_another_base_and_opened_where_its_base_was_moved(
     model = Ouroboros(Qwen.from_pretrained(base), prelude=2, recurrent=3, coda=2, rank=4)
     model.save(tmp_path / "run")
     other = folder_of(small_qwen(seed=1), tmp_path / "other")
-    with pytest.raises(UserError, match="other is not the model on which .*run was trained"):
+    with pytest.raises(
+        UserError, match="other is not the model on which .*run was trained: the weights differ"
+    ):
         Ouroboros.load(tmp_path / "run", base=other)
 
     moved = shutil.move(base, tmp_path / "moved")
@@ -129,6 +135,54 @@ def test_a_model_is_refused_on_another_base_and_opened_where_its_base_was_moved(
         Ouroboros.load(tmp_path / "run")
     again = Ouroboros.load(tmp_path / "run", base=moved)
     assert torch.equal(again(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize("key, value", [("rope_theta", 2e4), ("rms_norm_eps", 1e-5), ("eos_token_id", 7)])
+def test_a_base_whose_config_was_changed_is_refused_with_the_number(key, value, base, tmp_path):
+    Ouroboros(Qwen.from_pretrained(base), rank=4).save(tmp_path / "run")
+    folder_of(small_qwen(), base, **{key: value})
+    with pytest.raises(UserError, match=f"{key} in config.json is .*, and was ") as caught:
+        Ouroboros.load(tmp_path / "run")
+    assert "the weights differ" not in str(caught.value)
+
+
+def change_layer(base, layer: int):
+    """Change one matrix of a layer a little."""
+    state = load_file(base / "model.safetensors")
+    state[f"model.layers.{layer}.mlp.up_proj.weight"] *= 1.01
+    save_file(state, base / "model.safetensors")
+
+
+@pytest.mark.parametrize("layer", range(6))
+def test_a_base_of_which_any_layer_was_changed_is_refused(layer, base, tmp_path):
+    Ouroboros(Qwen.from_pretrained(base), prelude=1, coda=1, rank=4).save(tmp_path / "run")
+    change_layer(base, layer)
+    with pytest.raises(UserError, match="the weights differ"):
+        Ouroboros.load(tmp_path / "run")
+
+
+def test_the_fingerprint_is_that_of_the_files_that_were_loaded(base, tmp_path):
+    model = Ouroboros(Qwen.from_pretrained(base), rank=4)
+    change_layer(base, 0)
+    model.save(tmp_path / "run")
+    with pytest.raises(UserError, match="the weights differ"):
+        Ouroboros.load(tmp_path / "run")
+
+
+def test_a_base_is_recognised_when_its_files_are_spread_another_way(base, tmp_path):
+    Ouroboros(Qwen.from_pretrained(base), rank=4).save(tmp_path / "run")
+    before = fingerprint(base)
+    shard(base)
+    assert fingerprint(base) == before
+    assert Ouroboros.load(tmp_path / "run").depth == 8
+
+
+def test_a_model_whose_base_was_in_no_file_is_loaded_with_a_base_that_is_named(base, tmp_path):
+    model = small_model()
+    model.save(tmp_path / "run")
+    with pytest.raises(UserError, match="its pretrained model was not loaded from files; name the folder"):
+        Ouroboros.load(tmp_path / "run")
+    assert torch.equal(Ouroboros.load(tmp_path / "run", base=base)(tokens()), model(tokens()))
 
 
 def test_a_base_is_recognised_in_bfloat16_too(base, tmp_path):
@@ -149,8 +203,19 @@ def test_a_damaged_or_missing_checkpoint_is_named(base, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(UserError, match="ouroboros.safetensors: cannot be read as a whole checkpoint"):
         Ouroboros.load(tmp_path / "run")
-    with pytest.raises(UserError, match="ouroboros.safetensors: no such file"):
-        Ouroboros.load(tmp_path / "nothing")
+
+
+def test_a_mistyped_run_is_refused_with_the_runs_that_there_are(base, tmp_path, monkeypatch):
+    Ouroboros(Qwen.from_pretrained(base), rank=4).save(tmp_path / "runs" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hub.hf_hub_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    for load in (Ouroboros.load, load_run):
+        for name in ("runs/tinny", "runs"):
+            with pytest.raises(UserError, match=f"{name}: no such run; the runs in runs are: tiny"):
+                load(name)
+    monkeypatch.chdir(base)
+    with pytest.raises(UserError, match="runs/tinny: no such run, and none in runs"):
+        Ouroboros.load("runs/tinny")
 
 
 @pytest.fixture
@@ -160,6 +225,18 @@ def two_checkpoints(base, tmp_path):
         model = Ouroboros(Qwen.from_pretrained(base), prelude=2, recurrent=3, coda=2, rank=4, depth=step)
         model.save(step_folder(tmp_path / "run", step), {"more": torch.arange(3)}, step=step)
     return tmp_path / "run"
+
+
+def test_a_model_is_not_saved_where_another_one_would_be_loaded(two_checkpoints):
+    model = Ouroboros.load(two_checkpoints)
+    step = step_folder(two_checkpoints, 2)
+    whole = (step / "ouroboros.safetensors").read_bytes()
+    with pytest.raises(UserError, match="holds the checkpoints of a run.*choose another folder"):
+        model.save(two_checkpoints)
+    with pytest.raises(UserError, match="a checkpoint from which a run can go on"):
+        model.save(step)
+    assert (step / "ouroboros.safetensors").read_bytes() == whole
+    assert not (two_checkpoints / "ouroboros.safetensors").exists()
 
 
 def assert_the_one_before_is_read(run, path, capsys):
@@ -252,6 +329,26 @@ def test_a_model_that_other_code_saved_is_refused_with_the_tensor_that_is_missin
 
     change_saved_tensors(tmp_path / "run", another_name)
     with pytest.raises(UserError, match=message):
+        Ouroboros.load(tmp_path / "run")
+
+
+def test_a_setting_or_a_file_of_other_code_is_named(base, tmp_path):
+    Ouroboros(Qwen.from_pretrained(base), rank=4).save(tmp_path / "run")
+    tensors, about = read_checkpoint(tmp_path / "run")
+    about["model"]["settings"]["warp"] = 9
+    write_checkpoint(tmp_path / "run", tensors, about)
+    with pytest.raises(UserError, match="saved by other code: Ouroboros has no setting warp"):
+        Ouroboros.load(tmp_path / "run")
+    write_checkpoint(tmp_path / "run", tensors, {})
+    for load in (Ouroboros.load, load_run):
+        with pytest.raises(UserError, match="saved by other code: it holds no model"):
+            load(tmp_path / "run")
+
+
+def test_a_mistake_in_changed_code_keeps_its_traceback(base, tmp_path, monkeypatch):
+    Ouroboros(Qwen.from_pretrained(base), rank=4).save(tmp_path / "run")
+    monkeypatch.setattr("ouroboros.Gate", lambda d: None + d)
+    with pytest.raises(TypeError, match="unsupported operand"):
         Ouroboros.load(tmp_path / "run")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TOKENIZER, looped, small_tokenizer
+from safetensors.torch import load_file, save_file
 
 from data import Batches, TextSource
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns, gap_recovered
@@ -76,6 +77,31 @@ def test_the_baselines_are_measured_once_and_then_kept(
     source = TextSource(Path(pretrained.parent / "text.txt"))
     other_tokens = Batches(source, "val", small_tokenizer(350), 16, seed=EVALUATION_SEED)
     assert_measured_again(model, {**columns, "held-out": other_tokens}, options)
+
+
+@pytest.mark.parametrize("change", ["rope_theta", "a removed layer"])
+def test_a_changed_base_is_measured_again_and_a_moved_one_is_not(
+    change, pretrained, columns, options, empty_cache, tmp_path
+):
+    def baselines(folder):
+        qwen = Qwen.from_pretrained(folder)
+        return evaluate_baselines(Ouroboros(qwen, rank=4), qwen, columns, options, CPU)
+
+    before = baselines(pretrained)
+    moved = pretrained.rename(tmp_path / "moved")
+    assert baselines(moved) == before
+    assert len(list(empty_cache.glob("baselines/*.json"))) == 1
+
+    if change == "rope_theta":
+        config = json.loads((moved / "config.json").read_text())
+        (moved / "config.json").write_text(json.dumps({**config, "rope_theta": 99.0}))
+    else:
+        state = load_file(moved / "model.safetensors")
+        state["model.layers.2.mlp.up_proj.weight"] *= 2
+        save_file(state, moved / "model.safetensors")
+    after = baselines(moved)
+    assert after["full"] != before["full"]
+    assert (after["cut"] == before["cut"]) == (change == "a removed layer")
 
 
 def test_the_gap_recovered_is_the_share_of_the_way_from_the_cut_to_the_full_model():

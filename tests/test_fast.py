@@ -116,6 +116,20 @@ def test_no_tensor_holds_all_logits_in_training_or_evaluation():
     assert largest.elements == ids.numel() * 5000
 
 
+@torch.no_grad()
+def test_the_loss_refuses_the_targets_that_cross_entropy_refuses():
+    model = small_model()
+    ids = tokens()
+    for wrong in (-1, -99, 97, 10**6):
+        targets = ids.clone()
+        targets[1, 3] = wrong
+        with pytest.raises(IndexError, match="neither -100 nor a token from 0 to 96"):
+            model.loss(ids, targets)
+    for targets in (ids[:, 1:], ids.flatten(), ids.T, ids[:1]):
+        with pytest.raises(ValueError, match="targets have shape"):
+            model.loss(ids, targets)
+
+
 # ---- Attention -------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Generation: the cache changes no token, a text ends where it should, and sample.py continues a prompt."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -129,6 +130,15 @@ def test_a_text_that_has_ended_is_filled_up_while_others_go_on():
     assert second == free[1]
 
 
+def test_all_places_that_name_an_end_token_count(pretrained):
+    """config.json, generation_config.json, and what stands between the documents of a training text."""
+    config = json.loads((pretrained / "config.json").read_text())
+    (pretrained / "config.json").write_text(json.dumps({**config, "eos_token_id": 7}))
+    (pretrained / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7, 5]}))
+    assert TOKENIZER.token_to_id("<|endoftext|>") == 0
+    assert Qwen.from_pretrained(pretrained).config.eos_token_id == (7, 9, 5, 0)
+
+
 # ---- Temperature -----------------------------------------------------------------------------------------
 
 
@@ -171,6 +181,30 @@ def test_sample_continues_a_prompt_with_a_saved_model_at_the_depth_that_is_asked
     options = ["--prompt", prompt, "--max-new-tokens", 12, "--depth", 4, "--device", "cpu"]
     printed = succeed("sample.py", tmp_path / "run", *options)
     assert printed == tokenizer.decode(expected[0].tolist()) + "\n"
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--max-new-tokens", "0"),
+        ("--max-new-tokens", "-3"),
+        ("--depth", "0"),
+    ],
+)
+def test_sample_refuses_a_number_that_makes_no_sense(option, value):
+    assert_refused_at_once(
+        run("sample.py", "runs/any", "--prompt", "doc1", option, value), f"{option} {value}"
+    )
+
+
+def test_sample_shows_where_a_text_ends(pretrained, tmp_path):
+    looped(Qwen.from_pretrained(pretrained), rank=4, depth=2).save(tmp_path / "run")
+    prompt = "doc1<|endoftext|>doc2"
+    printed = succeed("sample.py", tmp_path / "run", "--prompt", prompt, "--max-new-tokens", 1)
+    assert printed.startswith(prompt)
 
 
 def test_sample_refuses_an_empty_prompt_and_takes_a_base_that_was_moved(pretrained, tmp_path):

@@ -16,6 +16,7 @@ import torch
 from helpers import (
     ROOT,
     TOKENIZER,
+    assert_refused,
     assert_same_end,
     flip_a_bit,
     folder_of,
@@ -23,6 +24,7 @@ from helpers import (
     looped,
     move_trained_weights,
     quick_run,
+    run,
     shard,
     small_qwen,
     small_tokenizer,
@@ -147,14 +149,18 @@ def test_a_run_from_the_hub_end_to_end_and_then_offline(hub, pretrained, empty_c
     command[command.index("--model") + 1] = "someone/model"
     command[command.index("--data") + 1] = "fineweb-edu"
     online = succeed(*command, "--out", tmp_path / "online", env={**hub.env, "HF_TOKEN": "hf_secret"})
-    assert "about 0.4 GB are fetched from the Hub" in online
+    sizes = 0
+    for name in ("someone/model/model-*.safetensors", f"{FINEWEB}/*.bin"):
+        sizes += sum(path.stat().st_size for path in hub.folder.glob(name))
+    assert f"about {sizes / 1e6:.1f} MB are fetched from the Hub" in online
     assert "gap recovered" in online
     cached = np.load(next(empty_cache.glob("*/00000.npy")))
     assert re.match(r"(été|日本) 0 ", TOKENIZER.decode(cached.tolist()))  # GPT-2's tokens, text, the model's
 
     asked = len(hub.requests)
     assert asked > 0
-    succeed(*command, "--out", tmp_path / "offline", env={**hub.env, "HF_HUB_OFFLINE": "1"})
+    offline = succeed(*command, "--out", tmp_path / "offline", env={**hub.env, "HF_HUB_OFFLINE": "1"})
+    assert "fetched" not in offline
     assert len(hub.requests) == asked
     assert_same_end(tmp_path / "online", tmp_path / "offline")
 
@@ -163,6 +169,51 @@ def test_a_run_from_the_hub_end_to_end_and_then_offline(hub, pretrained, empty_c
             assert b"hf_secret" not in path.read_bytes(), path
     assert "hf_secret" not in online
     assert str(tmp_path) not in (tmp_path / "online" / "log.jsonl").read_text()
+
+
+def set_config(folder: Path, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_a_llama_in_one_file_is_fetched_trained_and_found_offline(hub, pretrained, empty_cache, tmp_path):
+    config = Config(400, 32, 48, 6, 4, 2, 8, attention_bias=False)
+    llama = folder_of(small_qwen(config=config), hub.folder / "someone" / "llama", model_type="llama")
+    shutil.copy(pretrained / "tokenizer.json", llama)
+    command = quick_run(pretrained, 2)
+    command[command.index("--model") + 1] = "someone/llama"
+    size = (llama / "model.safetensors").stat().st_size
+    online = succeed(*command, "--out", tmp_path / "online", env=hub.env)
+    assert f"about {size / 1e6:.1f} MB are fetched" in online
+    offline = succeed(*command, "--out", tmp_path / "offline", env={**hub.env, "HF_HUB_OFFLINE": "1"})
+    assert "fetched" not in offline
+    assert_same_end(tmp_path / "online", tmp_path / "offline")
+
+    # the run itself as a repository
+    (hub.folder / "someone" / "run").mkdir()
+    shutil.copy(
+        tmp_path / "online" / "step-0000002" / "ouroboros.safetensors", hub.folder / "someone" / "run"
+    )
+    sample = ["sample.py", "someone/run", "--prompt", "doc1", "--max-new-tokens", 3]
+    local = ["sample.py", tmp_path / "online", *sample[2:]]
+    assert succeed(*sample, env=hub.env) == succeed(*local, env=hub.env)
+
+
+@pytest.mark.parametrize("told_by", ["config.json", "the index"])
+def test_quantised_weights_are_refused_before_they_are_fetched(told_by, hub, pretrained):
+    folder = hub.folder / "someone" / "model"
+    if told_by == "config.json":
+        set_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    else:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index["weight_map"]["model.layers.0.mlp.up_proj.qweight"] = "model-00001-of-00002.safetensors"
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    command = quick_run(pretrained, 2)
+    command[command.index("--model") + 1] = "someone/model"
+    assert_refused(
+        run(*command, env=hub.env), "quantised weights", "name the model from which they were made"
+    )
+    assert not any(path.endswith(".safetensors") for path in hub.requests)
 
 
 def fetch(hub: Hub, repo="someone/model", name="config.json", repo_type="model", **env) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """A run that is stopped, killed, resumed or starved loses nothing and says what to do."""
 
+import json
 import os
 import re
 import shutil
@@ -114,7 +115,6 @@ def test_what_may_change_on_the_way_changes_and_the_rest_is_refused(pretrained, 
     succeed(*quick_run(pretrained, 6), "--out", out)
     for changed, message in (
         (["--rank", "5"], "--rank cannot change"),
-        (["--model", "tiny"], "--model cannot change"),
         (["--data", "python"], "--data cannot change"),
         (["--no-gate"], "--gate cannot change"),
         (["--seed", "1"], "--seed cannot change"),
@@ -209,3 +209,20 @@ def test_out_of_memory_ends_with_the_number_and_what_helps(pretrained, tmp_path)
     result = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=600)
     assert_refused(result, "error: try a smaller --batch-size")
     assert re.search(r"\d{6,} bytes", result.stderr.splitlines()[-1])
+
+
+# ---- A base that was moved -------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_a_base_that_was_moved_and_not_with_a_changed_one(pretrained, tmp_path):
+    succeed(*quick_run(pretrained, 2), "--out", tmp_path / "run")
+    moved = pretrained.rename(tmp_path / "moved")
+    resume = ["train.py", "--resume", tmp_path / "run", "--steps", 3]
+    assert_refused_at_once(run(*resume), "no such folder")
+    succeed(*resume, "--model", moved)
+    assert read_checkpoint(tmp_path / "run")[1]["step"] == 3
+
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "rope_theta": 99.0}))
+    changed = run("train.py", "--eval", tmp_path / "run")
+    assert_refused(changed, "rope_theta in config.json is 99.0, and was 10000.0")

@@ -331,8 +331,8 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, tmp_pa
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--eval", "nowhere"], "nowhere/ouroboros.safetensors: no such file"),
-        (["--resume", "nowhere", "--rank", "4"], "nowhere/ouroboros.safetensors: no such file"),
+        (["--eval", "nowhere"], "nowhere: no such run"),
+        (["--resume", "nowhere", "--rank", "4"], "nowhere: no such run"),
         (["--resume", "a", "--eval", "b"], "not allowed with"),
     ],
     ids=str,
