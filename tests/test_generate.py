@@ -8,6 +8,7 @@ import torch
 from helpers import (
     SETTINGS,
     SMALL,
+    TOKENIZER,
     assert_refused_at_once,
     greedy_without_cache,
     looped,
