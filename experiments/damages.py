@@ -195,7 +195,7 @@ def config_makers() -> list:
             makers.append(partial(damaged_config, partial(set_key, key, value), "model"))
     for key in keys[:4]:
         makers.append(partial(damaged_config, partial(delete_key, key), "config.json"))
-    makers.append(partial(damaged_config, partial(set_key, "model_type", "llama"), "config.json"))
+    makers.append(partial(damaged_config, partial(set_key, "model_type", "mistral"), "config.json"))
     makers += [truncated_config] * 5
     return makers
 
