@@ -1,257 +1,65 @@
 """Text -> tokens -> batches of (input, target): deterministic in the seed, and able to start again at any
 step.
 
-A source yields its documents in an order that never changes, in chunks of about two million tokens. The
-tokens of a chunk become a file in the cache when they are first needed. Sequence n of the training order
-is a function of source, seed and n alone.
+The tokens of a chunk of a source (sources.py) become a file in the cache when they are first needed.
+Sequence n of the training order is a function of source, seed and n alone.
 """
 
-import gzip
 import hashlib
 import json
-import re
 from functools import lru_cache
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
+import sources
 from files import UserError, cache_folder, explaining, replace_file
-from hub import END_OF_TEXT, load_tokenizer, locate
+from hub import END_OF_TEXT
 
-CHUNK_CHARACTERS = 8_000_000  # of text in a chunk, about two million tokens
-FINEWEB = "kjj0/finewebedu10B-gpt2"  # a data set of the Hub
-GPT2 = "openai-community/gpt2"
-GPT2_END_OF_TEXT = 50256
+TOKEN_RULE = "marks in a text are text"  # part of the cache's key: change it when the tokens change
+ENCODED_AT_ONCE = 1_000_000  # characters
 
-# ---- Sources ---------------------------------------------------------------------------------------------
-#
-# A source has a key, which changes when the text does, and chunks(split), which yields lists of documents.
-# split is "train" or "val".
+# ---- Tokens ----------------------------------------------------------------------------------------------
 
 
-class PythonSource:
-    """The .py files of the standard library and of the installed torch package, without their tests.
+class Count(NamedTuple):
+    """How much text a split has, as far as it was read."""
 
-    One file in twenty is held out, by a hash of its path, the same on every machine. The built-in model was
-    pretrained without the files that are held out here.
+    documents: int  # or parts of documents, where the split cuts them
+    tokens: int
+    sequences: int
+    is_all: bool  # False: the numbers are those of the first chunk
+
+
+class Tokens:
+    """The tokens of one split, "train" or "val", of a source, in chunks.
+
+    An end-of-text token follows each document. What looks like a special token in a text is encoded as the
+    characters that it is written with.
+
+    Raises UserError if the tokenizer has no end-of-text token.
     """
 
-    SKIPPED_FOLDERS = {"test", "tests", "idle_test", "testing", "site-packages", "dist-packages"}
-
-    def __init__(self):
-        self.files = []  # (hash of the path, path): in the order of the hash, every chunk is a fair sample
-        self._add_files("stdlib", Path(json.__file__).parents[1])
-        self._add_files("torch", Path(torch.__file__).parent)
-        self.files.sort()
-        self.key = [(path_hash, path.stat().st_size) for path_hash, path in self.files]
-
-    def _add_files(self, package: str, root: Path):
-        for path in root.rglob("*.py"):
-            below = path.relative_to(root)
-            is_test = self.SKIPPED_FOLDERS.intersection(below.parts) or below.name.startswith("test_")
-            if path.is_file() and not is_test:
-                path_hash = hashlib.sha1(f"{package}/{below.as_posix()}".encode()).hexdigest()
-                self.files.append((path_hash, path))
-
-    def chunks(self, split: str):
-        return grouped(self._documents(split), CHUNK_CHARACTERS)
-
-    def _documents(self, split: str):
-        for path_hash, path in self.files:
-            held_out = int(path_hash[-4:], 16) % 20 == 0
-            if held_out == (split == "val"):
-                yield path.read_text(encoding="utf-8", errors="ignore")
-
-
-class TextSource:
-    """A .txt, .jsonl or .jsonl.gz file, or a folder of them.
-
-    Documents: the "text" of each line of a .jsonl. In a .txt, what lies between lines of <|endoftext|>,
-    or the whole file; a lone .txt without such lines is split into pieces. Held out: the val.* of a
-    folder that has train.* and val.*, otherwise every twentieth document.
-
-    Raises UserError if there is no such file, and later if a file is not what its name says.
-    """
-
-    SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
-
-    def __init__(self, path: Path):
-        candidates = [path] if path.is_file() else sorted(path.rglob("*"))
-        self.files = [file for file in candidates if file.name.endswith(self.SUFFIXES)]
-        if not self.files:
-            kinds = ", ".join(self.SUFFIXES)
-            raise UserError(
-                f"{path}: no such file, or no text in it; --data takes {kinds}, python or fineweb-edu"
-            )
-
-        self.train_files = [file for file in self.files if file.name.split(".")[0] == "train"]
-        self.val_files = [file for file in self.files if file.name.split(".")[0] == "val"]
-        self.key = []
-        for file in self.files:
-            status = file.stat()
-            self.key.append((str(file.resolve()), status.st_size, status.st_mtime_ns))
-
-    def chunks(self, split: str):
-        return grouped(self._split(split), CHUNK_CHARACTERS)
-
-    def _split(self, split: str):
-        """The documents of one split."""
-        if self.train_files and self.val_files:
-            files = self.train_files if split == "train" else self.val_files
-            for file in files:
-                yield from self._documents(file)
-            return
-
-        number = 0
-        for file in self.files:
-            for document in self._documents(file):
-                if document.strip():
-                    held_out = number % 20 == 0
-                    if held_out == (split == "val"):
-                        yield document
-                    number += 1
-
-    def _documents(self, path: Path):
-        """All documents of one file."""
-        open_file = gzip.open if path.suffix == ".gz" else open
-        shape = 'read as text: a .txt is UTF-8, a line of a .jsonl is {"text": "..."}'
-        with explaining(path, shape), open_file(path, "rt", encoding="utf-8") as file:
-            if ".jsonl" in path.suffixes:
-                yield from json_lines(file)
-            else:
-                yield from self._text_documents(file.read())
-
-    def _text_documents(self, text: str):
-        """The documents of a .txt."""
-        documents = re.split(r"^<\|endoftext\|>\s*$", text, flags=re.MULTILINE)
-        if len(documents) > 1 or len(self.files) > 1:
-            yield from documents
-            return
-        for lines in grouped(text.splitlines(keepends=True), 10_000):
-            yield "".join(lines)
-
-
-def json_lines(file):
-    """The "text" of each line of a .jsonl. Raises ValueError for a line that holds anything else."""
-    for line in file:
-        if line.strip():
-            text = json.loads(line)["text"]
-            if not isinstance(text, str):
-                raise ValueError(f'"text" is {text!r}')
-            yield text.strip()
-
-
-class FineWebSource:
-    """FineWeb-Edu, which the Hub holds as GPT-2 tokens: 99 shards of 100M tokens and one that is held out.
-
-    GPT-2's tokenizer loses nothing, so decoding gives the text itself.
-    """
-
-    key = [FINEWEB, CHUNK_CHARACTERS]
-
-    def chunks(self, split: str):
-        gpt2 = load_tokenizer(GPT2)
-        names = ["val_000000"]
-        if split == "train":
-            names = [f"train_{i:06d}" for i in range(1, 100)]
-        for name in names:
-            tokens = read_shard(locate(FINEWEB, f"finewebedu_{name}.bin", repo_type="dataset"))
-            yield from grouped(shard_documents(tokens, gpt2), CHUNK_CHARACTERS)
-
-
-def read_shard(path: Path) -> np.ndarray:
-    """The uint16 tokens of a shard, mapped from the file.
-
-    They follow a header of 256 int32: magic 20240520, version 1, number of tokens. Raises UserError for a
-    file with another header or of another length.
-    """
-    header = np.fromfile(path, dtype="<i4", count=256)
-    whole = (
-        len(header) == 256
-        and (header[0], header[1]) == (20240520, 1)
-        and path.stat().st_size == 1024 + 2 * int(header[2])
-    )
-    if not whole:
-        raise UserError(f"{path}: not a whole token shard; delete it and run again, it is then fetched anew")
-    return np.memmap(path, dtype="<u2", mode="r", offset=1024)
-
-
-def shard_documents(tokens: np.ndarray, gpt2: Tokenizer):
-    """The texts of a shard. The separator comes first in each document."""
-    starts = np.flatnonzero(tokens == GPT2_END_OF_TEXT)
-    for document in np.split(tokens, starts):
-        yield gpt2.decode(document.tolist())
-
-
-def grouped(texts, size: int):
-    """Lists of neighbouring texts, of about `size` characters together."""
-    group = []
-    characters = 0
-    for text in texts:
-        group.append(text)
-        characters += len(text)
-        if characters >= size:
-            yield group
-            group = []
-            characters = 0
-    if group:
-        yield group
-
-
-BUILT_IN_SOURCES = {"python": PythonSource, "fineweb-edu": FineWebSource}
-
-
-def open_source(name: str):
-    """The source for --data: "python", "fineweb-edu", or the path of a file or folder."""
-    if name in BUILT_IN_SOURCES:
-        return BUILT_IN_SOURCES[name]()
-    return TextSource(Path(name))
-
-
-# ---- Tokens and batches ----------------------------------------------------------------------------------
-
-
-class Batches:
-    """Fixed-length (input, target) pairs of one split, "train" or "val", of a source.
-
-    A sequence is `length` inputs and the `length` tokens that lie `offset` further on; offset 1 is the
-    next token. Targets are shifted here and nowhere else. The training order goes chunk after chunk, each
-    shuffled by (seed, epoch, chunk), and then from the beginning again.
-
-    Raises UserError if the tokenizer has no end-of-text token or the text is too short for one sequence.
-    """
-
-    def __init__(self, source, split: str, tokenizer: Tokenizer, length: int, offset=1, seed=0):
+    def __init__(self, source, split: str, tokenizer: Tokenizer):
         self.source = source
         self.split = split
-        self.tokenizer = tokenizer
-        self.length = length
-        self.offset = offset
-        self.seed = seed
-
         self.end_token = tokenizer.token_to_id(END_OF_TEXT)
         if self.end_token is None:
             raise UserError(f"the tokenizer has no {END_OF_TEXT} token; use the model's own tokenizer.json")
         self.largest_token = max(tokenizer.get_vocab().values())
         self.dtype = np.uint16 if self.largest_token < 2**16 else np.uint32
 
-        identity = json.dumps([source.key, split, CHUNK_CHARACTERS]) + tokenizer.to_str()
+        serialized = tokenizer.to_str()
+        self.tokenizer = without_special_tokens(serialized)
+        identity = json.dumps([TOKEN_RULE, source.key, split, sources.CHUNK_CHARACTERS]) + serialized
         self.folder = cache_folder() / hashlib.sha256(identity.encode()).hexdigest()[:24]
         self.chunks = []  # the tokens of the chunks loaded so far, mapped from their files
         self.complete = False  # whether these are all chunks of the text
         self.text = None  # an iterator over the source's chunks, once one is missing from the cache
         self.text_chunks_read = 0
-
-        if self.sequences_in(0) == 0:
-            kind = "held-out" if split == "val" else "training"
-            raise UserError(
-                f"the {kind} text is too short for one sequence of {length} tokens; give more text or a "
-                "smaller --seq-len"
-            )
-
-    # -- chunks of tokens
 
     def chunk(self, i: int) -> np.ndarray | None:
         """The tokens of chunk i, from the cache or encoded now; None after the last chunk."""
@@ -259,11 +67,14 @@ class Batches:
             self._load_next_chunk()
         return self.chunks[i] if i < len(self.chunks) else None
 
+    def _path(self, i: int):
+        return self.folder / f"{i:05d}.npy"
+
     def _load_next_chunk(self):
         i = len(self.chunks)
-        path = self.folder / f"{i:05d}.npy"
+        path = self._path(i)
         if not path.exists():
-            self._write_chunk(i, path)
+            self._write_chunk(i)
 
         with explaining(path, "read as tokens", "delete it, it is then made anew"):
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -274,29 +85,135 @@ class Batches:
         else:
             self.chunks.append(tokens)
 
-    def _write_chunk(self, i: int, path: Path):
+    def _write_chunk(self, i: int):
         if self.text is None:
             self.text = self.source.chunks(self.split)
-        while self.text_chunks_read < i:  # chunks that were in the cache already
+        missing = range(self.text_chunks_read, i)  # chunks that were in the cache already
+        for _ in tqdm(missing, desc="finding the place in the text", leave=False, delay=1):
             next(self.text, None)
-            self.text_chunks_read += 1
-        documents = next(self.text, [])
-        self.text_chunks_read += 1
-        tokens = self._encode(documents)
-        replace_file(path, lambda part: np.save(part, tokens, allow_pickle=False))
+        documents, is_last = next(self.text, ([], True))
+        self.text_chunks_read = i + 1
+
+        self._save_chunk(i, self._encode(documents))
+        if is_last:
+            self._save_chunk(i + 1, np.zeros(0, self.dtype))
+
+    def _save_chunk(self, i: int, tokens: np.ndarray):
+        replace_file(self._path(i), lambda part: np.save(part, tokens, allow_pickle=False))
 
     def _encode(self, documents: list[str]) -> np.ndarray:
         """The tokens of the documents, with an end-of-text token after each."""
-        texts = []
-        for document in documents:
-            if document.strip():
-                texts.append(document.encode("utf-8", "replace").decode())  # a lone surrogate becomes "?"
+        kind = "held-out" if self.split == "val" else "training"
+        total = sum(map(len, documents))
         parts = [np.zeros(0, self.dtype)]
-        for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            parts.append(np.array([*encoding.ids, self.end_token], self.dtype))
+        with tqdm(
+            total=total,
+            desc=f"tokenizing {kind} text",
+            unit=" characters",
+            unit_scale=True,
+            leave=False,
+            delay=0.5,
+        ) as bar:
+            for texts in neighbours(documents, ENCODED_AT_ONCE):
+                for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+                    parts.append(np.array([*encoding.ids, self.end_token], self.dtype))
+                bar.update(sum(map(len, texts)))
         return np.concatenate(parts)
 
-    # -- sequences of tokens
+
+def neighbours(documents: list[str], size: int):
+    """Lists of the documents that are not blank, of about `size` characters together."""
+    texts = []
+    characters = 0
+    for document in documents:
+        if document.strip():
+            texts.append(document.encode("utf-8", "replace").decode())  # a lone surrogate becomes "?"
+            characters += len(document)
+        if characters >= size:
+            yield texts
+            texts = []
+            characters = 0
+    yield texts
+
+
+@lru_cache(maxsize=2)
+def without_special_tokens(serialized: str) -> Tokenizer:
+    """A copy of a tokenizer that reads <|endoftext|> and its like in a text as text.
+
+    Some marks, such as <|fim_prefix|> and <tool_call> of Qwen2.5, are not called special in tokenizer.json.
+    They are treated alike. Runs of spaces, which some tokenizers add as tokens, stay tokens.
+    """
+    tokenizer = Tokenizer.from_str(serialized)
+    marks = []
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if not token.special and token.content.startswith("<") and token.content.endswith(">"):
+            marks.append(token.content)
+    if marks:
+        content = json.loads(serialized)
+        for token in content["added_tokens"]:
+            if token["content"] in marks:
+                token["special"] = True
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------
+
+
+class Batches(Tokens):
+    """Fixed-length (input, target) pairs of one split, "train" or "val", of a source.
+
+    A sequence is `length` inputs and the `length` tokens that lie `offset` further on; offset 1 is the
+    next token. Targets are shifted here and nowhere else. The training order goes chunk after chunk, each
+    shuffled by (seed, epoch, chunk), and then from the beginning again.
+
+    Raises UserError if the tokenizer has no end-of-text token or the text is too short for one sequence.
+    """
+
+    def __init__(self, source, split: str, tokenizer: Tokenizer, length: int, offset=1, seed=0):
+        super().__init__(source, split, tokenizer)
+        self.length = length
+        self.offset = offset
+        self.seed = seed
+        if self.sequences_in(0) == 0:
+            self._refuse_short_text(tokenizer)
+
+    def _refuse_short_text(self, tokenizer: Tokenizer):
+        """Raise a UserError with a length that fits both splits."""
+        sizes = {}
+        for split in ("train", "val"):
+            tokens = Tokens(self.source, split, tokenizer).chunk(0)
+            sizes[split] = 0 if tokens is None else len(tokens)
+
+        kind = "held-out" if self.split == "val" else "training"
+        longest_that_fits = min(sizes.values()) - 2  # a target lies at most two tokens after its input
+        if longest_that_fits >= 8:
+            advice = f"--seq-len {longest_that_fits} or less fits; otherwise give more text"
+        else:
+            advice = "give more text"
+        raise UserError(
+            f"{self.source.name}: the {kind} text is too short for one sequence of {self.length} tokens, it "
+            f"has {sizes[self.split]}; {advice}"
+        )
+
+    def count(self) -> Count:
+        """How much text this split has. Of a text that is longer than a chunk, the first chunk is counted."""
+        first = self.chunk(0)
+        if self._path(1).exists():  # it may be the end of the text, which then costs nothing to read
+            self.chunk(1)
+        documents = int(np.count_nonzero(first == self.end_token))
+        is_all = self.complete and len(self.chunks) == 1
+        return Count(documents, len(first), self.sequences_in(0), is_all)
+
+    def at_most(self, limit: int) -> int:
+        """How many different sequences there are, counted up to `limit`."""
+        total = 0
+        i = 0
+        while total < limit and self.chunk(i) is not None:
+            total += self.sequences_in(i)
+            i += 1
+        return min(total, limit)
 
     def sequences_in(self, i: int) -> int:
         """How many sequences chunk i holds; 0 after the last chunk."""

@@ -20,8 +20,9 @@ EVALUATION_SEED = 2**32  # evaluation reads the text in an order of its own, whi
 def evaluate(loss_of, batches: Batches, sequences: int, batch_size: int, device) -> float:
     """The mean cross entropy, in nats per target, over the first `sequences` sequences of `batches`.
 
-    loss_of(ids, targets) returns the mean over a batch.
+    loss_of(ids, targets) returns the mean over a batch. In a text with fewer sequences, each is read once.
     """
+    sequences = batches.at_most(sequences)
     total = torch.zeros((), device=device)
     for first in range(0, sequences, batch_size):
         size = min(batch_size, sequences - first)

@@ -4,16 +4,17 @@ what each does, its default for the model and device at hand, the paper's value.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from checkpoint import STEP_FOLDER, holds_checkpoint, no_such_run, read_checkpoint
-from data import BUILT_IN_SOURCES
 from device import pick_device
 from evaluate import EVALUATION_SEED
 from files import UserError
 from hub import BUILT_IN
 from ouroboros import POOLS
+from sources import BUILT_IN_SOURCES
 
 # Defaults by model and device. "cuda" is the paper's recipe at 1,000 of its 18,750 steps.
 PRESETS = {
@@ -396,7 +397,7 @@ def make_paths_absolute(options):
     if options.model not in BUILT_IN and Path(options.model).exists():
         options.model = str(Path(options.model).resolve())
     if options.data not in BUILT_IN_SOURCES and Path(options.data).exists():
-        options.data = str(Path(options.data).resolve())
+        options.data = os.path.abspath(options.data)  # a link keeps its own name, which has the suffix
 
 
 def holds_files(folder: Path) -> bool:

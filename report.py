@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
-from data import FINEWEB
 from evaluate import gap_recovered
 from hub import BUILT_IN, read_config, size_to_fetch, weight_names
 from ouroboros import Ouroboros
 from processes import WORLD_SIZE
+from sources import FINEWEB
 
 # ---- Before training -------------------------------------------------------------------------------------
 

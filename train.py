@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from checkpoint import optimizer_tensors, prune_checkpoints, restore_optimizer, step_folder
-from data import Batches, open_source
+from data import Batches
 from device import pick_device, pick_dtype
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns
 from fast import keep_freed_memory, recompute_activations, try_to_compile
@@ -37,6 +37,7 @@ from processes import (
 )
 from qwen import Qwen
 from report import announce_download, announce_time, print_parameters, print_results, print_sample
+from sources import open_source
 
 
 def main():

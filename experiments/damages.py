@@ -236,8 +236,8 @@ def drop_the_end_of_text(path: Path, rng):
 
 READ_SHARD = """
 from pathlib import Path
-from data import read_shard
 from files import exit_on_user_error
+from sources import read_shard
 exit_on_user_error(lambda: read_shard(Path({path!r})))
 """
 

@@ -20,11 +20,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import END_OF_TEXT, Batches, PythonSource
+from data import Batches
 from evaluate import evaluate
 from files import UserError, exit_on_user_error, replace_file
-from hub import load_tokenizer
+from hub import END_OF_TEXT, load_tokenizer
 from qwen import Config, Qwen
+from sources import PythonSource
 
 VOCABULARY = 4096  # tokens
 LENGTH = 256  # tokens of a sequence
@@ -87,8 +88,8 @@ def make_tokenizer(source: PythonSource) -> Tokenizer:
     )
 
     def documents():
-        for chunk in source.chunks("train"):
-            yield from chunk
+        for documents, _ in source.chunks("train"):
+            yield from documents
 
     tokenizer.train_from_iterator(documents(), trainer)
     return tokenizer

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import FILE_NAME, STEP_FOLDER
-from data import Batches, open_source
+from data import Batches
 from device import pick_device, pick_dtype
 from evaluate import EVALUATION_SEED, evaluate_columns
 from experiments.measure import distance_from_start, future_leak, look_inside, losses_by_depth
@@ -42,6 +42,7 @@ from options import parse_options
 from ouroboros import Ouroboros
 from patch import Patched
 from qwen import Qwen
+from sources import open_source
 from train import check_same_text, hash_of_text, train
 
 BASELINES = "baselines"  # the name under which the full and the cut model are evaluated

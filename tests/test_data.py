@@ -1,6 +1,5 @@
 """data.py: text becomes tokens and batches, the same at every start, and no text is in both splits."""
 
-import gzip
 import json
 import re
 from pathlib import Path
@@ -8,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TOKENIZER, flip_a_bit, small_tokenizer, works, write_shard, write_text
+from helpers import TOKENIZER, flip_a_bit, small_tokenizer, works, write_text
 from tokenizers import Tokenizer, models
+from tqdm import tqdm
 
 import data
-from data import Batches, PythonSource, TextSource, open_source, read_shard, shard_documents
+import sources
+from data import Batches
 from files import UserError
+from sources import TextSource, open_source
 
 
 @pytest.fixture
@@ -66,80 +68,95 @@ def test_documents_are_joined_by_the_end_of_text_token(source):
     text = TOKENIZER.decode(tokens, skip_special_tokens=False)
     documents = text.split("<|endoftext|>")
     assert documents.pop() == ""  # the last one ends with the token, too
-    assert len(documents) == 57
-    for n, document in zip((1, 2, 3), documents):  # document 0 is held out
+    assert 50 < len(documents) < 60
+    for n, document in zip((0, 1, 2), documents):
         assert set(document.split()) == {f"doc{n}"}
-
-
-# ---- The splits ------------------------------------------------------------------------------------------
 
 
 def test_no_document_is_in_both_splits_and_all_are_in_one(source):
     training = documents_in(Batches(source, "train", TOKENIZER, 16))
     held_out = documents_in(Batches(source, "val", TOKENIZER, 16))
-    assert held_out == {"0", "20", "40"}
-    assert training == {str(n) for n in range(60)} - held_out
+    assert not training.intersection(held_out)
+    assert training.union(held_out) == {str(n) for n in range(60)}
+    assert held_out
 
 
-def test_a_folders_own_split_is_used_and_jsonl_is_read(tmp_path):
-    folder = tmp_path / "text"
-    folder.mkdir()
-    with open(folder / "train.jsonl", "w") as file:
-        for n in range(9):
-            file.write(json.dumps({"text": f"doc{n} " * 30}) + "\n")
-    with gzip.open(folder / "val.jsonl.gz", "wt") as file:
-        file.write(json.dumps({"text": "doc99 " * 60}) + "\n")
-
-    source = open_source(str(folder))
-    assert documents_in(Batches(source, "train", TOKENIZER, 16)) == {str(n) for n in range(9)}
-    assert documents_in(Batches(source, "val", TOKENIZER, 16)) == {"99"}
+# ---- Text that looks like a special token ----------------------------------------------------------------
 
 
-def test_the_files_of_a_folder_are_one_text_and_one_document_in_twenty_is_held_out(tmp_path):
-    folder = tmp_path / "text"
-    (folder / "more").mkdir(parents=True)
-    for n in range(30):
-        (folder / f"{n:02}.txt").write_text(f"doc{n} " * 30)
-    with open(folder / "more" / "lines.jsonl", "w") as file:
-        for n in range(30, 60):
-            file.write(json.dumps({"text": f"doc{n} " * 30}) + "\n")
-
-    source = open_source(str(folder))
-    training = documents_in(Batches(source, "train", TOKENIZER, 16))
-    held_out = documents_in(Batches(source, "val", TOKENIZER, 16))
-    assert held_out == {"0", "20", "40"}
-    assert training == {str(n) for n in range(60)} - held_out
+@pytest.fixture
+def marked():
+    """A tokenizer with marks of both kinds: special ones, and one that is not called special."""
+    tokenizer = small_tokenizer()
+    tokenizer.add_special_tokens(["<|im_start|>"])
+    tokenizer.add_tokens(["<|fim_prefix|>", "    "])
+    return tokenizer
 
 
-def documents_of(source, split: str) -> list[str]:
-    """All documents of one split."""
-    documents = []
-    for chunk in source.chunks(split):
-        documents.extend(chunk)
-    return documents
+def test_a_special_token_written_in_a_text_is_text(tmp_path, marked):
+    text = "The token <|endoftext|> ends, <|im_start|>system opens, <|fim_prefix|> too."
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for n in range(200):
+            file.write(json.dumps({"text": f"{text} {n}"}) + "\n")
+    source = TextSource(tmp_path / "a.jsonl")
+    training = Batches(source, "train", marked, 16)
+    tokens = training.chunk(0)
+    count = training.count()
+    assert np.count_nonzero(tokens == training.end_token) == count.documents < 200
+    for mark in ("<|im_start|>", "<|fim_prefix|>"):
+        assert marked.token_to_id(mark) not in tokens
+    assert marked.decode(tokens.tolist()).count(text) == count.documents
+    assert "<|im_start|>" in marked.encode("<|im_start|>").tokens  # the tokenizer itself stays as it was
 
 
-def test_a_lone_txt_without_separators_is_split_into_pieces_at_its_lines(tmp_path):
-    lines = [f"doc{n} doc{n} doc{n}\n" for n in range(20_000)]
-    (tmp_path / "text.txt").write_text("".join(lines))
-    source = TextSource(tmp_path / "text.txt")
-    training = "".join(documents_of(source, "train")).splitlines(keepends=True)
-    held_out = "".join(documents_of(source, "val")).splitlines(keepends=True)
-    assert sorted(training + held_out) == sorted(lines)
-    assert 0.04 < len(held_out) / len(lines) < 0.08
+def test_an_added_token_that_is_no_mark_stays_a_token(tmp_path, marked):
+    (tmp_path / "a.txt").write_text("x    y\n" * 2000)
+    tokens = Batches(TextSource(tmp_path / "a.txt"), "train", marked, 16).chunk(0)
+    assert marked.token_to_id("    ") in tokens
 
 
-def test_the_python_source_holds_out_files_by_their_path_and_leaves_tests_out():
-    source = PythonSource()
-    training = documents_of(source, "train")
-    held_out = documents_of(source, "val")
-    assert len(training) + len(held_out) == len(source.files)
-    characters_held_out = sum(map(len, held_out))
-    assert 0.02 < characters_held_out / sum(map(len, training)) < 0.1
+# ---- How much text there is ------------------------------------------------------------------------------
 
-    for _, path in source.files:
-        assert not {"test", "tests"}.intersection(path.parts[-3:-1]), path
-    assert any("class Module" in document for document in training + held_out)
+
+def test_the_count_is_that_of_the_whole_text_where_it_is_one_chunk(source):
+    training = Batches(source, "train", TOKENIZER, 16)
+    held_out = Batches(source, "val", TOKENIZER, 16)
+    for batches in (training, held_out, Batches(source, "train", TOKENIZER, 16)):  # the last: from the cache
+        count = batches.count()
+        assert count.is_all
+        assert count.tokens == len(batches.chunk(0))
+        assert count.sequences == (count.tokens - 1) // 16
+    assert training.count().documents + held_out.count().documents == 60
+
+
+def test_the_count_of_a_longer_text_is_that_of_its_first_chunk(source, small_chunks):
+    batches = Batches(source, "train", TOKENIZER, 16)
+    count = batches.count()
+    assert not count.is_all
+    assert count.tokens == len(batches.chunk(0))
+    assert count.sequences < batches.at_most(10**6)
+
+
+def test_no_sequence_is_counted_twice(source, small_chunks):
+    batches = Batches(source, "train", TOKENIZER, 16)
+    total = len(whole_epoch(batches))
+    assert batches.at_most(10**6) == total
+    assert batches.at_most(3) == 3
+
+
+def test_tokenizing_shows_how_far_it_is(source, empty_cache, monkeypatch, capsys):
+    bars = []
+
+    def bar(*arguments, **options):
+        bars.append(tqdm(*arguments, **{**options, "delay": 0, "mininterval": 0}))
+        return bars[-1]
+
+    monkeypatch.setattr(data, "tqdm", bar)
+    Batches(source, "train", TOKENIZER, 16)
+    assert bars[-1].n == bars[-1].total == sum(len(text) for text in next(source.chunks("train"))[0])
+    printed = capsys.readouterr()
+    assert "tokenizing training text" in printed.err
+    assert printed.out == ""
 
 
 # ---- The same at every start -----------------------------------------------------------------------------
@@ -147,7 +164,7 @@ def test_the_python_source_holds_out_files_by_their_path_and_leaves_tests_out():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(data, "CHUNK_CHARACTERS", 2_000)
+    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", 2_000)
 
 
 def test_batches_are_a_function_of_seed_and_position_alone(source, small_chunks):
@@ -193,11 +210,11 @@ def test_the_second_start_reads_the_cache_and_another_text_is_another_cache(
     monkeypatch.setattr(Batches, "_encode", lambda *_: pytest.fail("tokenized again"))
     again, _ = Batches(source, "train", TOKENIZER, 16).batch(0, 8)
     assert torch.equal(again, first)
+    with pytest.raises(pytest.fail.Exception):  # another tokenizer is another cache
+        Batches(source, "train", small_tokenizer(350), 16)
     write_text(tmp_path / "text.txt", documents=61)
     with pytest.raises(pytest.fail.Exception):
         Batches(TextSource(tmp_path / "text.txt"), "train", TOKENIZER, 16)
-    with pytest.raises(pytest.fail.Exception):  # and another tokenizer is one, too
-        Batches(source, "train", small_tokenizer(350), 16)
 
 
 def test_tokens_that_were_half_written_to_the_cache_are_read_no_further(source, small_chunks, empty_cache):
@@ -240,51 +257,6 @@ def test_a_pickle_in_the_cache_is_not_loaded(source, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-# ---- Token shards ----------------------------------------------------------------------------------------
-
-
-def test_the_documents_of_a_shard_begin_at_its_separators(tmp_path):
-    gpt2 = Tokenizer(models.WordLevel({"a": 1, "b": 2, "c": 3}, unk_token="a"))
-    write_shard(tmp_path / "shard.bin", [50256, 1, 2, 50256, 3, 3, 1])
-    documents = list(shard_documents(read_shard(tmp_path / "shard.bin"), gpt2))
-    assert [document.split() for document in documents if document] == [["a", "b"], ["c", "c", "a"]]
-
-
-def test_a_flipped_bit_in_a_token_shard_gives_tokens_or_one_line(tmp_path):
-    path = tmp_path / "shard.bin"
-    ids = list(range(3000))
-    write_shard(path, ids)
-    whole = path.read_bytes()
-    rng = np.random.default_rng(0)
-
-    def use():
-        assert len(read_shard(path)) == 3000
-
-    outcomes = set()
-    for _ in range(50):
-        flip_a_bit(path, rng, first=200)
-        outcomes.add(works(use))
-        path.write_bytes(whole)
-    assert outcomes == {True, False}
-    assert read_shard(path).tolist() == ids
-
-
-@pytest.mark.parametrize("damage", ["truncated", "longer", "header only", "empty"])
-def test_a_damaged_token_shard_is_named(damage, tmp_path):
-    path = tmp_path / "finewebedu_train_000001.bin"
-    write_shard(path, list(range(3000)))
-    whole = path.read_bytes()
-    damaged = {
-        "truncated": whole[:-2],
-        "longer": whole + b"xx",
-        "header only": whole[:1000],
-        "empty": b"",
-    }
-    path.write_bytes(damaged[damage])
-    with pytest.raises(UserError, match="finewebedu_train_000001.bin: not a whole token shard"):
-        read_shard(path)
-
-
 # ---- What is refused -------------------------------------------------------------------------------------
 
 
@@ -308,6 +280,20 @@ def test_a_text_that_cannot_be_used_is_one_clear_error(name, content, message, t
     with pytest.raises(UserError, match=message) as caught:
         Batches(open_source(str(path)), "train", TOKENIZER, 16)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("characters", [300, 3_000, 30_000])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_length_that_is_proposed_for_a_short_text_fits(characters, split, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text(" ".join(f"word{n}" for n in range(characters // 7)))
+    source = TextSource(path)
+    with pytest.raises(UserError, match="short.txt: the .* text is too short for one sequence") as caught:
+        Batches(source, split, TOKENIZER, 100_000)
+    (length,) = re.findall(r"--seq-len (\d+) or less fits", str(caught.value))
+    for side in ("train", "val"):
+        for offset in (1, 2):
+            Batches(source, side, TOKENIZER, int(length), offset).batch(0, 2)
 
 
 def test_a_tokenizer_without_an_end_of_text_token_is_refused(source):

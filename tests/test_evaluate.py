@@ -9,10 +9,11 @@ import torch
 from helpers import TOKENIZER, looped, small_tokenizer
 from safetensors.torch import load_file, save_file
 
-from data import Batches, TextSource
+from data import Batches
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns, gap_recovered
 from ouroboros import Ouroboros
 from qwen import Qwen
+from sources import TextSource
 
 CPU = torch.device("cpu")
 
@@ -38,6 +39,13 @@ def test_a_loss_is_the_mean_over_the_sequences_whatever_the_batch_size(pretraine
     for batch_size in (1, 2, 5, 8):
         loss = evaluate(model.loss, columns["held-out"], 5, batch_size, CPU)
         assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_sequence_is_evaluated_twice(pretrained, columns):
+    model = looped(Qwen.from_pretrained(pretrained), rank=4, depth=2)
+    total = columns["held-out"].at_most(10**6)
+    expected = evaluate(model.loss, columns["held-out"], total, 4, CPU)
+    assert evaluate(model.loss, columns["held-out"], total + 7, 4, CPU) == expected
 
 
 def test_an_evaluation_leaves_no_gradient(pretrained, columns, options):

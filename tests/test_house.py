@@ -19,6 +19,8 @@ ORDER = [
     "saving",
     "ouroboros",
     "patch",
+    "documents",
+    "sources",
     "data",
     "evaluate",
     "processes",

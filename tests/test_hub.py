@@ -35,11 +35,11 @@ from helpers import (
 )
 from tokenizers import Tokenizer
 
-from data import FINEWEB, GPT2, GPT2_END_OF_TEXT
 from files import UserError
 from hub import load_tokenizer
 from patch import load_run
 from qwen import Config, Qwen
+from sources import FINEWEB, GPT2, GPT2_END_OF_TEXT
 
 # ---- A Hub on this machine -------------------------------------------------------------------------------
 
