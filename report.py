@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
+from data import Batches
 from evaluate import gap_recovered
 from hub import BUILT_IN, read_config, size_to_fetch, weight_names
 from ouroboros import Ouroboros
 from processes import WORLD_SIZE
 from sources import FINEWEB
+
+FEW_SEQUENCES = 200  # a loss on fewer has a large error, and training soon knows them by heart
 
 # ---- Before training -------------------------------------------------------------------------------------
 
@@ -52,6 +55,27 @@ def readable_size(size: int) -> str:
     if size < 1e8:
         return f"{size / 1e6:.1f} MB"
     return f"{size / 1e9:.1f} GB"
+
+
+def print_text(source, training: Batches, held_out: Batches, eval_sequences: int):
+    """Print how much text there is for training and held out, and a warning where it is little."""
+    for note in source.notes:
+        print(note)
+    counts = {"training text": training.count(), "held-out text": held_out.count()}
+    for name, count in counts.items():
+        amount = f"{count.documents:,} documents, {count.tokens:,} tokens, {count.sequences:,} sequences"
+        if not count.is_all:
+            amount = f"the first {amount}, and more"
+        print(f"{name}: {amount}", flush=True)
+        if count.is_all and count.sequences < FEW_SEQUENCES:
+            print(
+                f"warning: {name} of {count.sequences} sequences is too little to say much about other text; "
+                f"give more text, or a smaller --seq-len than {training.length}"
+            )
+        if count.is_all and count.sequences < eval_sequences:
+            print(
+                f"each loss on {name} is the mean over its {count.sequences} sequences, not {eval_sequences}"
+            )
 
 
 def print_parameters(model: Ouroboros):

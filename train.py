@@ -36,7 +36,14 @@ from processes import (
     sum_over_processes,
 )
 from qwen import Qwen
-from report import announce_download, announce_time, print_parameters, print_results, print_sample
+from report import (
+    announce_download,
+    announce_time,
+    print_parameters,
+    print_results,
+    print_sample,
+    print_text,
+)
 from sources import open_source
 
 
@@ -72,6 +79,8 @@ def main():
     if options.target_offset == 2:  # the published task, beside the one that counts
         columns["train, t+2"] = batches("train", offset=2)
         columns["held-out, t+2"] = batches("val", offset=2)
+
+    print_text(source, columns["train"], columns["held-out"], options.eval_sequences)
 
     results = {}
     if RANK == 0:
