@@ -10,6 +10,7 @@ import pytest
 from helpers import flip_a_bit, works, write_shard, write_text
 from tokenizers import Tokenizer, models
 
+from documents import read_documents
 from files import UserError
 from sources import PythonSource, TextSource, open_source, read_shard, shard_documents, split_by_size
 
@@ -138,19 +139,33 @@ def test_the_split_does_not_depend_on_the_parts_in_which_a_document_comes():
     assert len(whole) > 4
 
 
-def test_a_large_text_is_split_without_reading_all_of_it(tmp_path):
-    (tmp_path / "text.txt").write_text(words(30_000_000))
-    source = TextSource(tmp_path / "text.txt")
-    read = 0
-    original = source._documents
+def large_txt(folder):
+    (folder / "text.txt").write_text(words(30_000_000))
 
-    def counting(files):
+
+def large_document(folder):
+    write_jsonl(folder / "text.jsonl", [words(30_000_000)])
+
+
+def large_named_files(folder):
+    (folder / "train.txt").write_text(words(30_000_000))
+    (folder / "val.txt").write_text(words(1_000_000, "more"))
+
+
+@pytest.mark.parametrize("layout", [large_txt, large_document, large_named_files])
+def test_a_large_text_is_read_in_pieces_and_only_as_far_as_needed(layout, tmp_path, monkeypatch):
+    layout(tmp_path)
+    source = TextSource(tmp_path)
+    read = 0
+
+    def counted(path):
         nonlocal read
-        for part, ends in original(files):
+        for part, ends in read_documents(path):
+            assert len(part) <= 1_000_000
             read += len(part)
             yield part, ends
 
-    source._documents = counting
+    monkeypatch.setattr("sources.read_documents", counted)
     documents, is_last = next(source.chunks("train"))
     assert not is_last
     assert max(map(len, documents)) <= 200_000

@@ -5,11 +5,13 @@ import math
 import re
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import (
+    TOKENIZER,
     FixedBatches,
     assert_refused,
     assert_refused_at_once,
@@ -26,8 +28,11 @@ from helpers import (
 
 import train
 from checkpoint import read_checkpoint, step_folder
+from data import Batches
 from files import exit_on_user_error
 from options import parse_options
+from report import print_text
+from sources import open_source
 
 # ---- A run -----------------------------------------------------------------------------------------------
 
@@ -47,6 +52,32 @@ def test_training_lowers_the_held_out_loss(finished):
     results = json.loads((finished.out / "results.json").read_text())
     assert results["ouroboros"]["held-out"] < results["cut"]["held-out"] - 0.2
     assert losses(finished.out)[-1] < losses(finished.out)[0] - 0.2
+
+
+def test_the_text_is_counted_before_training_and_a_small_one_is_warned_of(finished):
+    before_training = finished.printed.split("60 steps")[0]
+    for name in ("training text", "held-out text"):
+        assert re.search(rf"{name}: [\d,]+ documents, [\d,]+ tokens, [\d,]+ sequences\n", before_training)
+    assert re.search(r"warning: held-out text of \d+ sequences is too little", before_training)
+    assert "warning: training text" not in before_training
+
+
+def test_it_is_said_where_an_evaluation_has_fewer_sequences_than_were_asked_for(tmp_path, capsys):
+    source = open_source(str(write_text(tmp_path / "text.txt", 200)))
+    training = Batches(source, "train", TOKENIZER, 16)
+    held_out = Batches(source, "val", TOKENIZER, 16)
+    print_text(source, training, held_out, held_out.count().sequences)
+    assert "mean over" not in capsys.readouterr().out
+    print_text(source, training, held_out, held_out.count().sequences + 1)
+    assert f"mean over its {held_out.count().sequences} sequences" in capsys.readouterr().out
+
+
+def test_a_link_is_taken_by_its_own_name(tmp_path):
+    (tmp_path / "3f78").write_text('{"text": "one"}\n')  # as in the cache of the Hub
+    (tmp_path / "train.jsonl").symlink_to("3f78")
+    options, _ = parse_options(["--device", "cpu", "--data", str(tmp_path / "train.jsonl")])
+    assert Path(options.data).is_absolute()
+    assert open_source(options.data).files == [tmp_path / "train.jsonl"]
 
 
 def test_a_run_ends_with_a_table_and_a_text(finished):
