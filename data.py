@@ -18,6 +18,7 @@ from tqdm import tqdm
 import sources
 from files import UserError, cache_folder, explaining, replace_file
 from hub import END_OF_TEXT
+from processes import RANK
 
 TOKEN_RULE = "marks in a text are text"  # part of the cache's key: change it when the tokens change
 ENCODED_AT_ONCE = 1_000_000  # characters
@@ -89,7 +90,7 @@ class Tokens:
         if self.text is None:
             self.text = self.source.chunks(self.split)
         missing = range(self.text_chunks_read, i)  # chunks that were in the cache already
-        for _ in tqdm(missing, desc="finding the place in the text", leave=False, delay=1):
+        for _ in tqdm(missing, desc="finding the place in the text", leave=False, delay=1, disable=RANK > 0):
             next(self.text, None)
         documents, is_last = next(self.text, ([], True))
         self.text_chunks_read = i + 1
@@ -113,6 +114,7 @@ class Tokens:
             unit_scale=True,
             leave=False,
             delay=0.5,
+            disable=RANK > 0,
         ) as bar:
             for texts in neighbours(documents, ENCODED_AT_ONCE):
                 for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):

@@ -20,6 +20,7 @@ from checkpoint import STEP_FOLDER
 from documents import SUFFIXES, kind_of, read_documents
 from files import UserError, explaining
 from hub import load_tokenizer, locate
+from processes import RANK
 
 CHUNK_CHARACTERS = 8_000_000  # of text in a chunk, about two million tokens
 FINEWEB = "kjj0/finewebedu10B-gpt2"  # a data set of the Hub
@@ -177,7 +178,15 @@ def hash_files(files: list[Path]) -> dict[Path, str]:
     """The SHA-256 of the content of each file. One GB takes about a second."""
     hashes = {}
     total = sum(file.stat().st_size for file in files)
-    with tqdm(total=total, desc="reading the text", unit="B", unit_scale=True, leave=False, delay=1) as bar:
+    with tqdm(
+        total=total,
+        desc="reading the text",
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        delay=1,
+        disable=RANK > 0,
+    ) as bar:
         for file in files:
             content_hash = hashlib.sha256()
             with explaining(file, "read"), open(file, "rb") as content:

@@ -167,7 +167,7 @@ PLACES = [
 @pytest.mark.parametrize("bug", [BUGS[0], BUGS[3]], ids=repr)
 @pytest.mark.parametrize("owner, name", PLACES, ids=str)
 def test_a_bug_in_a_changed_function_keeps_its_traceback_in_training(
-    owner, name, bug, pretrained, tmp_path, monkeypatch
+    owner, name, bug, pretrained, empty_cache, tmp_path, monkeypatch
 ):
     command = [*quick_run(pretrained, 2), "--device", "cpu", "--out", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in command])
