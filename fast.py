@@ -29,7 +29,18 @@ def head_cross_entropy(h, head, targets):
     targets = targets.flatten()  # [N]
     if head.requires_grad:  # HeadLoss computes no gradient of the head
         return F.cross_entropy(promote(F.linear(h, head)), targets)
-    return HeadLoss.apply(h, head, targets)
+    return HeadLoss.apply(h, head, targets, None, 0.0)
+
+
+def head_distillation(h, head, targets, full_h, weight: float):
+    """The cross entropy with mixed targets: 1 - weight of the token that follows, weight of what the full
+    model predicts.
+
+    The prediction is softmax(full_h @ head.T), where full_h has the shape of h. The head must be frozen. All
+    else is as in head_cross_entropy, and so is the result at weight 0, bit for bit.
+    """
+    check_targets(h, head, targets)
+    return HeadLoss.apply(h.flatten(0, -2), head, targets.flatten(), full_h.flatten(0, -2), weight)
 
 
 def check_targets(h, head, targets):
@@ -51,12 +62,16 @@ class HeadLoss(torch.autograd.Function):
     With logits z = W h and p = softmax(z), the loss of one position with target y is -log p_y. Its
     gradient is dz = p - onehot(y), hence dh = W^T (p - onehot(y)). Both need the chunk's logits, so the
     forward pass computes dh while the logits are there and keeps only that: [N, d] instead of [N, V].
+
+    In distillation the target is q = (1 - a) onehot(y) + a p_full, with the full model's p_full and the
+    weight a. The loss is -sum q log p, and its gradient is
+    dz = p - q = (p - onehot(y)) - a (p_full - onehot(y)).
     """
 
     CHUNK = 256  # positions
 
     @staticmethod
-    def forward(ctx, h, head, targets):
+    def forward(ctx, h, head, targets, full_h, a: float):
         counts = targets != -100
         loss = promote(h.new_zeros(()))
         weight = counts.to(loss.dtype) / counts.sum()  # of each position in the mean
@@ -67,11 +82,17 @@ class HeadLoss(torch.autograd.Function):
             log_p = promote(F.linear(h[chunk], head)).log_softmax(-1)  # [chunk, V]
             target = targets[chunk, None].clamp(min=0)  # [chunk, 1]
             log_p_target = log_p.gather(1, target)  # [chunk, 1]
-            loss -= weight[chunk] @ log_p_target.squeeze(1)
+            loss -= weight[chunk] @ log_p_target.squeeze(1) * (1 - a)
+            if a > 0:
+                p_full = promote(F.linear(full_h[chunk], head)).softmax(-1)  # [chunk, V]
+                loss -= weight[chunk] @ (p_full * log_p).sum(-1) * a
 
             if ctx.needs_input_grad[0]:
                 dz = log_p.exp_()  # in place: p, in the memory of log p
                 dz.scatter_(1, target, log_p_target.expm1())  # p_y - 1, precise even where p_y is nearly 1
+                if a > 0:
+                    dz.sub_(p_full, alpha=a)
+                    dz.scatter_add_(1, target, torch.full_like(log_p_target, a))
                 torch.mm(dz.to(h.dtype), head, out=grad[chunk])
                 del dz
             del log_p  # before the next chunk needs the memory
@@ -82,7 +103,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad, weight = ctx.saved_tensors
-        return (grad * (weight * grad_loss)[:, None]).to(grad.dtype), None, None
+        return (grad * (weight * grad_loss)[:, None]).to(grad.dtype), None, None, None, None
 
 
 # ---- Attention -------------------------------------------------------------------------------------------

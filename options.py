@@ -186,6 +186,22 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
     )
 
     recipe = parser.add_argument_group("how it is trained")
+    option(
+        recipe,
+        "--seam-tokens",
+        "With --patch: from how many tokens of training text the matrices at the seams are fitted to the "
+        "full model's states, before the training. 0 starts as the cut model.",
+        paper="0",
+        type=int,
+    )
+    option(
+        recipe,
+        "--distill",
+        "What is trained to: 0 is the next token of the text, 1 the full model's prediction, and a number "
+        "between them a mixture. Above 0, the full model stays in memory.",
+        paper="0",
+        type=float,
+    )
     option(recipe, "--steps", "The number of optimizer steps.", paper="18,750", type=int)
     option(recipe, "--seq-len", "The number of tokens in a sequence.", paper="2,048", type=int)
     option(recipe, "--batch-size", "The number of sequences in one forward pass.", paper="2", type=int)
@@ -297,6 +313,7 @@ def new_run_options(arguments: list[str], given) -> argparse.Namespace:
     """The options of a new run, where the defaults suit the model and the device."""
     options = build_parser(new_run_defaults(given)).parse_args(arguments)
     check_numbers(options)
+    check_past_the_paper(options)
     make_paths_absolute(options)
     options.warmup = min(options.warmup, max(1, options.steps // 2))
     if options.out and holds_files(options.out):
@@ -322,6 +339,8 @@ def new_run_defaults(given) -> dict:
         modulation="controller",
         pool="prefix",
         train_coda="none",
+        seam_tokens=0,
+        distill=0.0,
         model=model,
         data="fineweb-edu" if on_cuda else "python",
         target_offset=1,
@@ -336,6 +355,7 @@ def new_run_defaults(given) -> dict:
     defaults["eval_every"] = max(1, steps // 5)
     if given.patch:  # what did best on held-out text
         defaults.update(depth=1, modulation="none", train_coda="all", lr=3 * preset["lr"])
+        defaults.update(seam_tokens=12_288, distill=0.5)
     return defaults
 
 
@@ -350,9 +370,12 @@ def resumed_run_options(arguments: list[str], given):
         raise UserError(f"{folder}: was not saved by train.py, which alone can resume or evaluate its runs")
 
     run = folder.parent if folder.match(STEP_FOLDER) else folder  # RUN/step-0000100 is a checkpoint of RUN
-    saved = dict(about["options"], out=run)
+    older = dict(seam_tokens=0, distill=0.0)  # of a run that was saved before there were these options
+    saved = dict(older, **about["options"])
+    saved["out"] = run
     options = build_parser(saved).parse_args(arguments)
     check_numbers(options)
+    check_past_the_paper(options)
     make_paths_absolute(options)
     check_unchanged(saved, options)
 
@@ -381,15 +404,28 @@ def check_unchanged(saved: dict, options):
 
 
 def check_numbers(options):
-    """Raise UserError for a number that is not above zero (a seed may be zero) or is too large."""
+    """Raise UserError for a number that is not above zero (some may be zero) or is too large."""
+    may_be_zero = {"seed", "seam_tokens", "distill"}
+    if options.seam_tokens > 0:
+        may_be_zero.add("steps")  # the fitted seams alone are a result
     for name, value in vars(options).items():
         if type(value) not in (int, float):  # in Python, True is an int too
             continue
-        zero_allowed = name == "seed"
+        zero_allowed = name in may_be_zero
         if not (0 < value < EVALUATION_SEED or (zero_allowed and value == 0)):
             raise UserError(
                 f"--{name.replace('_', '-')} {value}: give a number above 0 and below {EVALUATION_SEED:,}"
             )
+
+
+def check_past_the_paper(options):
+    """Raise UserError for values of --seam-tokens and --distill that make no sense."""
+    if options.seam_tokens > 0 and not options.patch:
+        raise UserError("--seam-tokens fits the matrices at the seams, which there are only with --patch")
+    if options.distill > 1:
+        raise UserError(f"--distill {options.distill}: give a number from 0 to 1")
+    if options.distill > 0 and options.target_offset == 2:
+        raise UserError("--distill: the full model predicts the next token, so --target-offset must be 1")
 
 
 def make_paths_absolute(options):

@@ -11,17 +11,18 @@ each seam mends much of that (LinearPatch, arXiv 2505.24680, has one). An openin
 norm. An adapter, which is a LoRA (arXiv 2106.09685) and a change of the norms' weights, trains the kept
 layers a little.
 
-At the start P = 0, o_0 = 1, o_t = 0 for later steps, and the adapters change nothing, so training starts
-exactly from the cut model.
+At the start P = 0, o_0 = 1, o_t = 0 for later steps, and the adapters change nothing: a new model is exactly
+the cut model. mend_seams then gives P_in and P_out a better start, without a step of training.
 """
 
 import torch
 from torch import nn
 
 from checkpoint import read_checkpoint
+from fast import head_distillation
 from files import UserError
-from ouroboros import Ouroboros, TrainedLinear, check_choice
-from qwen import Qwen, apply_projection
+from ouroboros import LoopCache, Ouroboros, TrainedLinear, check_choice
+from qwen import Qwen, apply_projection, rotary_at
 
 # The rank of the adapters, by train_coda. At rank 0 only the norms' weights change.
 ADAPTER_RANK = {"norms": 0, "lora": 4, "all": 2}
@@ -141,6 +142,127 @@ class Patched(Ouroboros):
         for layer, adapter, layer_cache in zip(self.coda, self.coda_adapters, cache.coda):
             h = layer(h, rotary, layer_cache, adapter)
         return h
+
+
+# ---- The seams in closed form ----------------------------------------------------------------------------
+#
+# A seam is good if the state behind it is the one that the full model has there. That is a linear
+# regression: its solution needs some text and the full model, and no step of training.
+
+# The strengths of the ridge that are tried, in units of the mean of the diagonal of h^T h.
+RIDGE_STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@torch.no_grad()
+def mend_seams(model: Patched, full: Qwen, ids, batch_size: int):
+    """Set P_in and P_out of a new model so that the states behind the seams come close to those of the full
+    model.
+
+    ids [N, T]: sequences of training text, read batch_size at a time. P_in is fitted first, to the state
+    before the full model's recurrent layer. P_out is then fitted to the state before the coda, given P_in.
+    A new model's loop is the recurrent layer once, whatever its depth, because o_t = 0 for later steps.
+    """
+    P_in = fitted_seam(*states_at_seam(model, full, ids, batch_size, behind_loop=False))
+    model.seam_in.P.weight.copy_(P_in)
+    P_out = fitted_seam(*states_at_seam(model, full, ids, batch_size, behind_loop=True))
+    model.seam_out.P.weight.copy_(P_out)
+
+
+def states_at_seam(model: Patched, full: Qwen, ids, batch_size: int, behind_loop: bool):
+    """The model's states before a seam that is still h + 0 h, and the full model's states there.
+
+    Both are [tokens, d], in float64 on the CPU. The first position of a sequence is left out, because its
+    state is many times larger than the others.
+    """
+    first_removed = model.settings["recurrent"]
+    if behind_loop:
+        first_removed = len(full.layers) - len(model.coda)
+    rotary = rotary_at(full.config, 0, ids.shape[1], ids.device)
+    no_cache = LoopCache([None] * len(model.prelude), [], [])
+    states = []
+    full_states = []
+    for batch in ids.split(batch_size):
+        h = model.run_prelude(model.embed_tokens(batch), rotary, no_cache)
+        if behind_loop:
+            for t in range(model.depth):
+                h = model.loop_step(h, t, rotary)
+        y = full.embed_tokens(batch)
+        for layer in full.layers[:first_removed]:
+            y = layer(y, rotary)
+        states.append(h[:, 1:].flatten(0, 1).cpu().double())
+        full_states.append(y[:, 1:].flatten(0, 1).cpu().double())
+    return torch.cat(states), torch.cat(full_states)
+
+
+def fitted_seam(h, y):
+    """The matrix P of the seam that turns states h into states y, [N, d] each -> [d, d].
+
+    The strength of the ridge is the one with the smallest error on the last quarter of the tokens, when the
+    others are fitted.
+    """
+    first_held_back = len(h) * 3 // 4
+    errors = {}
+    for strength in RIDGE_STRENGTHS:
+        P = ridge_regression(h[:first_held_back], y[:first_held_back], strength)
+        errors[strength] = seam_error(P, h[first_held_back:], y[first_held_back:])
+    best = min(errors, key=errors.get)
+    return ridge_regression(h, y, best)
+
+
+def ridge_regression(h, y, strength: float):
+    """The P with the smallest sum over the tokens of |y - (h + P h)|^2 / mean(y^2), plus a multiple of |P|^2.
+
+    The weight of a token makes large and small states count alike, as behind the norm of the next layer.
+    A large strength keeps P near 0, where the seam changes nothing. h and y [N, d] -> [d, d]
+    """
+    weighted = h / y.square().mean(-1, keepdim=True)
+    gram = h.T @ weighted  # [d, d]
+    ridge = strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram + ridge, (y - h).T @ weighted, left=False)  # P (gram + ridge) = ...
+
+
+def seam_error(P, h, y) -> float:
+    """The mean over the tokens of |y - (h + P h)|^2 / |y|^2."""
+    squares = (y - h - h @ P.T).square().sum(-1)
+    return (squares / y.square().sum(-1)).mean().item()
+
+
+# ---- Distillation ----------------------------------------------------------------------------------------
+
+
+def distillation_loss(model: Ouroboros, full: Qwen, weight: float, ids, targets):
+    """The mean cross entropy with mixed targets: 1 - weight of the token that follows in the text, weight of
+    the full model's prediction.
+
+    ids and targets are those of model.loss. weight 0 is model.loss, weight 1 leaves the text's own next
+    tokens out.
+    """
+    with torch.no_grad():
+        full_h = full.hidden(ids)
+    return head_distillation(model.hidden(ids), model.head_weight, targets, full_h, weight)
+
+
+def full_model_of(model: Ouroboros) -> Qwen:
+    """The full model that a looped model was cut from. It shares the kept layers with the looped model, and
+    the removed ones are loaded.
+    """
+    num_layers = model.config.num_hidden_layers
+    kept = dict(enumerate(model.prelude))
+    kept[model.settings["recurrent"]] = model.recurrent
+    kept.update(enumerate(model.coda, start=num_layers - len(model.coda)))
+
+    removed = set(range(num_layers)) - set(kept)
+    like = model.norm.weight
+    full = Qwen.from_pretrained(model.source, like.dtype, like.device, layers=removed)
+    for i, layer in kept.items():
+        full.layers[i] = layer
+    full.embed_tokens = model.embed_tokens
+    full.norm = model.norm
+    full.lm_head = model.lm_head
+    return full
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------
 
 
 def load_run(folder, base=None, dtype=torch.float32, device="cpu", checkpoint=None) -> Ouroboros:

@@ -93,19 +93,19 @@ def print_parameters(model: Ouroboros):
         print(f"{name:20}{count:>15,} parameters", flush=True)
 
 
-def announce_time(model: Ouroboros, batch, options, first_step: int):
+def announce_time(model: Ouroboros, loss_of, batch, options, first_step: int):
     """Print how long the training will take, by the faster of two passes over a batch (ids, targets)."""
-    seconds = min(seconds_of_a_pass(model, batch), seconds_of_a_pass(model, batch))
+    seconds = min(seconds_of_a_pass(model, loss_of, batch), seconds_of_a_pass(model, loss_of, batch))
     steps = options.steps - first_step
     minutes = seconds * options.accumulation * steps / WORLD_SIZE / 60
     size = f"{options.accumulation} x {options.batch_size} x {options.seq_len}"
     print(f"\n{steps} steps of {size} tokens, about {minutes:,.0f} min\n", flush=True)
 
 
-def seconds_of_a_pass(model: Ouroboros, batch) -> float:
+def seconds_of_a_pass(model: Ouroboros, loss_of, batch) -> float:
     """The time of one forward and backward pass. The gradients are thrown away."""
     started = time.perf_counter()
-    model.loss(*batch).backward()
+    loss_of(*batch).backward()
     sum(p.grad.sum() for p in model.trained_parameters().values()).item()  # waits for the device
     seconds = time.perf_counter() - started
     model.zero_grad()

@@ -11,6 +11,7 @@ import math
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from files import UserError, exit_on_user_error, explaining, replace_file
 from hub import load_tokenizer
 from options import parse_options
 from ouroboros import Ouroboros
-from patch import Patched, load_run
+from patch import Patched, distillation_loss, full_model_of, load_run, mend_seams
 from processes import (
     RANK,
     StopSignals,
@@ -65,9 +66,10 @@ def main():
         qwen = Qwen.from_pretrained(options.model, dtype, device)
         model = new_model(qwen, options)
     else:
-        qwen = None  # the full model is loaded only if its losses are not known yet
+        qwen = None  # the full model is loaded only if its losses are not known yet, or for distillation
         model = load_run(options.out, options.model, dtype, device, checkpoint)
-    broadcast_from_first(model.saved_tensors().values())  # other hardware would round the bases another way
+        if options.distill > 0 and not options.eval:
+            qwen = full_model_of(model)
 
     # ---- Data ----------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(options.model, model.config.vocab_size)
@@ -80,16 +82,26 @@ def main():
         columns["train, t+2"] = batches("train", offset=2)
         columns["held-out, t+2"] = batches("val", offset=2)
 
+    training = batches("train", options.target_offset, options.seed)
     print_text(source, columns["train"], columns["held-out"], options.eval_sequences)
 
     results = {}
     if RANK == 0:
         results = evaluate_baselines(model, qwen, columns, options, device)
-    del qwen  # and with it the layers that were cut out
+
+    # ---- The start of the training -------------------------------------------------------------------------
+    if checkpoint is None and options.seam_tokens > 0:
+        sequences = math.ceil(options.seam_tokens / options.seq_len)
+        ids, _ = training.batch(0, sequences, device)
+        mend_seams(model, qwen, ids, options.batch_size)
+    broadcast_from_first(model.saved_tensors().values())  # other hardware would round them another way
+    loss_of = model.loss
+    if options.distill > 0:
+        loss_of = partial(distillation_loss, model, qwen, options.distill)
+    del qwen  # and with it the layers that were cut out, unless distillation needs them
 
     # ---- Training ------------------------------------------------------------------------------------------
     if not options.eval:
-        training = batches("train", options.target_offset, options.seed)
         if checkpoint is None:
             options.text_hash = hash_of_text(training)
             options.out = options.out or free_folder(options)
@@ -104,9 +116,9 @@ def main():
             try_to_compile(model, batch)
         if options.activation_checkpointing:
             recompute_activations(model)
-        announce_time(model, batch, options, first_step)
+        announce_time(model, loss_of, batch, options, first_step)
 
-        stopped_by = train(model, training, columns["held-out"], options, device, checkpoint)
+        stopped_by = train(model, training, columns["held-out"], options, device, checkpoint, loss_of)
         if stopped_by:
             print(f"stopped, and saved. To continue: python train.py --resume {options.out}")
             print(f"To see how good it is so far: python train.py --eval {options.out}")
@@ -130,12 +142,14 @@ def main():
 # ---- The training loop -----------------------------------------------------------------------------------
 
 
-def train(model, batches, held_out, options, device, checkpoint=None) -> int:
+def train(model, batches, held_out, options, device, checkpoint=None, loss_of=None) -> int:
     """Train the model, and leave checkpoints and log.jsonl in options.out.
 
     batches, held_out: Batches of the two splits. checkpoint: the (tensors, about) at which a resumed run
-    goes on. Returns the number of the signal that ended the training early, or 0.
+    goes on. loss_of(ids, targets): the loss that is minimised, by default model.loss. Returns the number of
+    the signal that ended the training early, or 0.
     """
+    loss_of = loss_of or model.loss
     parameters = model.trained_parameters()
     optimizer = make_optimizer(parameters, options, device)
     first_step = 0
@@ -169,7 +183,7 @@ def train(model, batches, held_out, options, device, checkpoint=None) -> int:
             for first in share[:: options.batch_size]:
                 size = min(options.batch_size, share.stop - first)
                 ids, targets = batches.batch(step * sequences + first, size, device)  # [size, T] each
-                part_of_loss = model.loss(ids, targets) * (size / sequences)
+                part_of_loss = loss_of(ids, targets) * (size / sequences)
                 part_of_loss.backward()
                 loss += part_of_loss.detach()
             loss, stop = sum_over_processes(parameters.values(), loss, len(signals.received))
