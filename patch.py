@@ -172,8 +172,10 @@ def states_at_seam(model: Patched, full: Qwen, ids, batch_size: int, behind_loop
     """The model's states before a seam that is still h + 0 h, and the full model's states there.
 
     Both are [tokens, d], in float64 on the CPU. The first position of a sequence is left out, because its
-    state is many times larger than the others.
+    state is many times larger than the others. Raises UserError for a text without four tokens.
     """
+    if ids[:, 1:].numel() < 4:
+        raise UserError("the text is too short to fit the seams; give more text, or --seam-tokens 0")
     first_removed = model.settings["recurrent"]
     if behind_loop:
         first_removed = len(full.layers) - len(model.coda)

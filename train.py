@@ -91,7 +91,7 @@ def main():
 
     # ---- The start of the training -------------------------------------------------------------------------
     if checkpoint is None and options.seam_tokens > 0:
-        sequences = math.ceil(options.seam_tokens / options.seq_len)
+        sequences = training.at_most(math.ceil(options.seam_tokens / options.seq_len))
         ids, _ = training.batch(0, sequences, device)
         mend_seams(model, qwen, ids, options.batch_size)
     broadcast_from_first(model.saved_tensors().values())  # other hardware would round them another way

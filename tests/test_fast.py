@@ -19,11 +19,13 @@ from fast import (
     attend_without_groups,
     compile_blocks,
     head_cross_entropy,
+    head_distillation,
     linear_of_joined,
     recompute_activations,
     top_right_singular_vectors,
 )
 from ouroboros import Controller, Ouroboros
+from patch import distillation_loss
 from qwen import Qwen, attend
 
 # ---- The head and its loss -------------------------------------------------------------------------------
@@ -83,6 +85,50 @@ def test_the_loss_of_a_trained_head_gives_the_head_its_gradient_too():
         assert p.grad.abs().sum() > 0, name
 
 
+def distillation_inputs():
+    """What head_inputs gives in float64, and the full model's hidden states [N, d]."""
+    h, head, targets = head_inputs()
+    full_h = torch.randn_like(h, dtype=torch.float64)
+    return h.detach().double().requires_grad_(True), head.double(), targets, full_h
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_distillation_in_chunks_is_the_cross_entropy_with_mixed_targets(weight):
+    h, head, targets, full_h = distillation_inputs()
+    counts = targets != -100
+    log_p = (h @ head.T).log_softmax(-1)[counts]
+    p_full = (full_h @ head.T).softmax(-1)[counts]
+    onehot = F.one_hot(targets[counts], len(head))
+    expected = -((1 - weight) * onehot * log_p + weight * p_full * log_p).sum(-1).mean()
+    loss = head_distillation(h, head, targets, full_h, weight)
+    assert torch.allclose(loss, expected, rtol=1e-12)
+
+    (expected_gradient,) = torch.autograd.grad(3 * expected, h, retain_graph=True)
+    (gradient,) = torch.autograd.grad(3 * loss, h)
+    assert relative(gradient, expected_gradient) < 1e-10
+    if weight == 1.0:  # only then is the gradient that of the Kullback-Leibler divergence
+        divergence = F.kl_div(log_p, p_full, reduction="batchmean")
+        (expected_gradient,) = torch.autograd.grad(3 * divergence, h)
+        assert relative(gradient, expected_gradient) < 1e-10
+
+
+def test_distillation_at_weight_0_is_the_loss_of_the_text_bit_for_bit():
+    h, head, targets = head_inputs()
+    for dtype in (torch.float32, torch.bfloat16):
+        x = h.detach().to(dtype).requires_grad_(True)
+        loss = head_cross_entropy(x, head.to(dtype), targets)
+        distilled = head_distillation(x, head.to(dtype), targets, torch.randn_like(x), 0.0)
+        assert torch.equal(distilled, loss)
+        assert torch.equal(torch.autograd.grad(distilled, x)[0], torch.autograd.grad(loss, x)[0])
+
+
+def test_a_model_that_predicts_what_the_full_one_predicts_has_nothing_to_learn_from_it():
+    h, head, targets = head_inputs()
+    loss = head_distillation(h, head, targets, h.detach(), 1.0)
+    (gradient,) = torch.autograd.grad(loss, h)
+    assert gradient.abs().max() < 1e-8
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the number of elements of the largest tensor that an operation inside the context returns."""
 
@@ -109,6 +155,7 @@ def test_no_tensor_holds_all_logits_in_training_or_evaluation():
             model.loss(ids, ids)
             cut.loss(ids, ids)
             qwen.loss(ids, ids)
+        distillation_loss(model, qwen, 0.5, ids, ids).backward()
     assert largest.elements < ids.numel() * 5000 / 2
 
     with LargestTensor() as largest:

@@ -10,6 +10,7 @@ from helpers import (
     folder_of,
     loss_and_gradients,
     move_trained_weights,
+    relative,
     small_model,
     small_patched,
     small_qwen,
@@ -20,7 +21,19 @@ from torch import nn
 from checkpoint import read_checkpoint, write_checkpoint
 from files import UserError
 from ouroboros import Ouroboros
-from patch import Adapter, NoAdapter, Patched, Seam, load_run
+from patch import (
+    RIDGE_STRENGTHS,
+    Adapter,
+    NoAdapter,
+    Patched,
+    Seam,
+    distillation_loss,
+    fitted_seam,
+    full_model_of,
+    load_run,
+    mend_seams,
+    ridge_regression,
+)
 from qwen import Qwen, rotary_at
 
 TRAIN_CODA = ("none", "norms", "lora", "all")
@@ -211,6 +224,134 @@ def test_a_step_changes_what_is_trained_and_not_a_bit_of_what_is_frozen():
     for name, tensor in model.state_dict().items():
         changed = not torch.equal(tensor, before[name])
         assert changed == (name in model.trained_parameters()), name
+
+
+# ---- The seams in closed form ----------------------------------------------------------------------------
+
+
+def states_and_targets(size=400):
+    """h and y [size, 8] in float64: y is not linear in h, and the states are of very different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(size, 8, dtype=torch.float64, generator=generator)
+    h = h * torch.logspace(-1, 2, size, dtype=torch.float64)[:, None]
+    y = h.flip(1) + h.sin() + torch.randn(size, 8, dtype=torch.float64, generator=generator)
+    return h, y
+
+
+@pytest.mark.parametrize("strength", RIDGE_STRENGTHS)
+def test_the_residual_of_a_seam_is_orthogonal_to_the_state_up_to_the_ridge(strength):
+    """The sum over the tokens of w (y - h - P h) h^T is lambda P, with w = 1 / mean(y^2)."""
+    h, y = states_and_targets()
+    P = ridge_regression(h, y, strength)
+    w = 1 / (y**2).mean(1)
+    residual = y - h - h @ P.T
+    gram = torch.einsum("n,ni,nj->ij", w, h, h)
+    ridge = strength * gram.trace() / 8
+    left = torch.einsum("n,ni,nj->ij", w, residual, h)
+    assert torch.allclose(left, ridge * P, atol=1e-9 * gram.max().item())
+    assert P.abs().max() > 0.01
+
+
+def test_no_other_matrix_has_a_smaller_error_than_the_one_that_is_fitted():
+    def objective(P):
+        squares = (y - h - h @ P.T).square().sum(1) / y.square().mean(1)
+        ridge = 0.01 * (h.square().sum(1) / y.square().mean(1)).sum() / 8
+        return squares.sum() + ridge * P.square().sum()
+
+    h, y = states_and_targets()
+    P = ridge_regression(h, y, 0.01)
+    for size in (1e-3, 1e-1):
+        for _ in range(10):
+            assert objective(P + size * torch.randn_like(P)) > objective(P)
+
+
+def test_a_map_that_is_linear_is_recovered():
+    h, _ = states_and_targets()
+    M = torch.randn(8, 8, dtype=torch.float64)
+    assert relative(ridge_regression(h, h @ M.T, 1e-12), M - torch.eye(8)) < 1e-8
+    assert relative(fitted_seam(h, h @ M.T), M - torch.eye(8)) < 0.02
+
+
+def test_the_strength_is_the_one_that_is_best_on_tokens_held_back():
+    """Where y is h and noise, P = 0 is right: the strongest ridge comes closest to that."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(80, 32, dtype=torch.float64, generator=generator)
+    y = h + torch.randn(80, 32, dtype=torch.float64, generator=generator)
+    assert torch.equal(fitted_seam(h, y), ridge_regression(h, y, max(RIDGE_STRENGTHS)))
+    assert torch.equal(fitted_seam(h, 2 * h), ridge_regression(h, 2 * h, min(RIDGE_STRENGTHS)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modulation", ["none", "controller"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_each_seam_is_fitted_to_the_state_of_the_full_model_the_second_one_given_the_first(depth, modulation):
+    full = small_qwen(dtype=torch.float64)
+    model = small_patched(torch.float64, randomise=False, depth=depth, modulation=modulation)
+    ids = tokens(B=40)
+    rotary = rotary_at(SMALL, 0, 12, "cpu")
+    mend_seams(model, full, ids, batch_size=7)
+
+    y = full.embed_tokens(ids)
+    full_states = [y]
+    for layer in full.layers:
+        y = layer(y, rotary)
+        full_states.append(y)
+
+    before = full.layers[1](full.layers[0](full.embed_tokens(ids), rotary), rotary)
+    P_in = fitted_seam(before[:, 1:].flatten(0, 1), full_states[3][:, 1:].flatten(0, 1))
+    assert relative(model.seam_in.P.weight, P_in) < 1e-6
+
+    behind = full.layers[3](before + before @ model.seam_in.P.weight.T, rotary)
+    P_out = fitted_seam(behind[:, 1:].flatten(0, 1), full_states[4][:, 1:].flatten(0, 1))
+    assert relative(model.seam_out.P.weight, P_out) < 1e-6
+
+
+def test_mended_seams_bring_a_model_closer_to_the_full_one_and_change_nothing_else():
+    full = small_qwen()
+    model = small_patched(randomise=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mend_seams(model, full, tokens(B=40), batch_size=8)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (not name.startswith("seam_")), name
+
+    unseen = tokens(B=20, seed=2)
+    wanted = full(unseen)
+    assert relative(model(unseen), wanted) < 0.9 * relative(model.cut(unseen), wanted)
+
+
+def test_a_text_that_is_too_short_for_the_seams_is_one_clear_error():
+    model = small_patched(randomise=False)
+    for ids in (tokens(B=40, T=1), tokens(B=1, T=4)):
+        with pytest.raises(UserError, match="too short to fit the seams; give more text, or --seam-tokens 0"):
+            mend_seams(model, small_qwen(), ids, batch_size=8)
+
+
+# ---- Distillation ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_distillation_is_the_cross_entropy_with_the_full_models_prediction(weight):
+    full = small_qwen(dtype=torch.float64)
+    model = small_patched(torch.float64)
+    ids = tokens()
+    targets = tokens(seed=2)
+    onehot = nn.functional.one_hot(targets, SMALL.vocab_size).double()
+    mixed = (1 - weight) * onehot + weight * full(ids).softmax(-1)
+    expected = -(mixed * model(ids).log_softmax(-1)).sum(-1).mean()
+    assert torch.allclose(distillation_loss(model, full, weight, ids, targets), expected, rtol=1e-12)
+
+
+def test_the_full_model_of_a_looped_one_shares_its_layers_and_is_the_full_model(tmp_path):
+    base = folder_of(small_qwen(), tmp_path / "base")
+    Patched(Qwen.from_pretrained(base), rank=4).save(tmp_path / "run")
+    model = load_run(tmp_path / "run")
+    full = full_model_of(model)
+    assert torch.equal(full(tokens()), Qwen.from_pretrained(base)(tokens()))
+    assert full.embed_tokens is model.embed_tokens
+    assert full.layers[0] is model.prelude[0]
+    assert full.layers[model.settings["recurrent"]] is model.recurrent
+    assert full.layers[5] is model.coda[-1]
+    assert not any(p.requires_grad for p in full.parameters())
 
 
 # ---- Runs of either class --------------------------------------------------------------------------------

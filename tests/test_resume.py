@@ -30,7 +30,7 @@ from helpers import (
 )
 
 import train
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, write_checkpoint
 from files import UserError
 from options import parse_options
 
@@ -62,6 +62,48 @@ def test_a_run_stopped_and_killed_and_resumed_ends_bit_for_bit_as_the_one_left_a
     assert len(list(out.glob("step-*"))) == 2
     assert not list(out.rglob("*.part*"))
     assert "gap recovered" in succeed(*resume)  # nothing is left to do but to show the results again
+
+
+def test_a_distilled_run_goes_on_with_the_full_model_and_ends_bit_for_bit(pretrained, tmp_path):
+    alone = tmp_path / "alone"
+    out = tmp_path / "stopped"
+    program, *options = quick_run(pretrained, 60)
+    options += ["--patch", "--distill", 0.5, "--seam-tokens", 2000]
+    succeed(program, *options, "--out", alone)
+
+    stop_at(start(program, *options, "--out", out), out, 11, signal.SIGINT)
+    stop_at(start("train.py", "--resume", out, "--save-every", 4), out, 30, signal.SIGKILL)
+    with pytest.raises(UserError, match="--distill cannot change"):
+        parse_options(["--resume", str(out), "--distill", "0"])
+    succeed("train.py", "--resume", out)
+    assert_same_end(alone, out)
+
+    cut = json.loads((alone / "results.json").read_text())["cut"]["held-out"]
+    assert losses(alone)[0] < cut - 0.01  # the seams were mended before the first step
+    printed = succeed("train.py", "--eval", out)
+    assert "gap recovered" in printed
+
+
+def test_no_step_at_all_is_a_result_where_the_seams_are_fitted(pretrained, tmp_path):
+    program, *options = quick_run(pretrained, 0)
+    options += ["--patch", "--out", tmp_path / "run"]
+    assert "gap recovered" in succeed(program, *options)
+    succeed("train.py", "--resume", tmp_path / "run", "--steps", 2)
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_a_run_from_before_distillation_goes_on_without_it(pretrained, tmp_path):
+    out = tmp_path / "run"
+    program, *options = quick_run(pretrained, 2)
+    options += ["--patch", "--distill", 0, "--seam-tokens", 0]
+    succeed(program, *options, "--out", out)
+    tensors, about = read_checkpoint(out)
+    for name in ("distill", "seam_tokens"):
+        del about["options"][name]
+    write_checkpoint(out / "step-0000002", tensors, about)
+    succeed("train.py", "--resume", out, "--steps", 3)
+    succeed(program, *options, "--out", tmp_path / "other", "--warmup", 1)
+    assert losses(out)[:2] == losses(tmp_path / "other")
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):

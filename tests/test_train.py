@@ -230,6 +230,8 @@ def test_patch_carries_what_did_best_and_the_command_line_has_the_last_word():
 
     assert chosen() == (8, "controller", "none", 0.002)
     assert chosen("--patch") == (1, "none", "all", 0.006)
+    assert (parsed().seam_tokens, parsed().distill) == (0, 0.0)
+    assert (parsed("--patch").seam_tokens, parsed("--patch").distill) == (12_288, 0.5)
     others = ["--depth", "4", "--modulation", "static", "--train-coda", "norms", "--lr", "0.1"]
     assert chosen("--patch", *others) == (4, "static", "norms", 0.1)
 
