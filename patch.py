@@ -176,9 +176,9 @@ def states_at_seam(model: Patched, full: Qwen, ids, batch_size: int, behind_loop
     """
     if ids[:, 1:].numel() < 4:
         raise UserError("the text is too short to fit the seams; give more text, or --seam-tokens 0")
-    first_removed = model.settings["recurrent"]
+    layers_before = model.settings["recurrent"]  # the full model's layers before the seam
     if behind_loop:
-        first_removed = len(full.layers) - len(model.coda)
+        layers_before = len(full.layers) - len(model.coda)
     rotary = rotary_at(full.config, 0, ids.shape[1], ids.device)
     no_cache = LoopCache([None] * len(model.prelude), [], [])
     states = []
@@ -189,7 +189,7 @@ def states_at_seam(model: Patched, full: Qwen, ids, batch_size: int, behind_loop
             for t in range(model.depth):
                 h = model.loop_step(h, t, rotary)
         y = full.embed_tokens(batch)
-        for layer in full.layers[:first_removed]:
+        for layer in full.layers[:layers_before]:
             y = layer(y, rotary)
         states.append(h[:, 1:].flatten(0, 1).cpu().double())
         full_states.append(y[:, 1:].flatten(0, 1).cpu().double())
@@ -215,7 +215,8 @@ def ridge_regression(h, y, strength: float):
     """The P with the smallest sum over the tokens of |y - (h + P h)|^2 / mean(y^2), plus a multiple of |P|^2.
 
     The weight of a token makes large and small states count alike, as behind the norm of the next layer.
-    A large strength keeps P near 0, where the seam changes nothing. h and y [N, d] -> [d, d]
+    A large strength keeps P near 0, where the seam changes nothing. h and y [N, d] -> [d, d] in their type,
+    which should be float64: the sizes of channels differ by orders of magnitude.
     """
     weighted = h / y.square().mean(-1, keepdim=True)
     gram = h.T @ weighted  # [d, d]

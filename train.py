@@ -82,26 +82,27 @@ def main():
         columns["train, t+2"] = batches("train", offset=2)
         columns["held-out, t+2"] = batches("val", offset=2)
 
-    training = batches("train", options.target_offset, options.seed)
     print_text(source, columns["train"], columns["held-out"], options.eval_sequences)
 
     results = {}
     if RANK == 0:
         results = evaluate_baselines(model, qwen, columns, options, device)
 
-    # ---- The start of the training -------------------------------------------------------------------------
-    if checkpoint is None and options.seam_tokens > 0:
-        sequences = training.at_most(math.ceil(options.seam_tokens / options.seq_len))
-        ids, _ = training.batch(0, sequences, device)
-        mend_seams(model, qwen, ids, options.batch_size)
-    broadcast_from_first(model.saved_tensors().values())  # other hardware would round them another way
-    loss_of = model.loss
-    if options.distill > 0:
-        loss_of = partial(distillation_loss, model, qwen, options.distill)
-    del qwen  # and with it the layers that were cut out, unless distillation needs them
-
     # ---- Training ------------------------------------------------------------------------------------------
     if not options.eval:
+        training = batches("train", options.target_offset, options.seed)
+        if checkpoint is None and options.seam_tokens > 0:
+            sequences = training.at_most(math.ceil(options.seam_tokens / options.seq_len))
+            ids, _ = training.batch(0, sequences, device)
+            mend_seams(model, qwen, ids, options.batch_size)
+        # other hardware would round the bases and the seams another way
+        broadcast_from_first(model.saved_tensors().values())
+
+        loss_of = model.loss
+        if options.distill > 0:
+            loss_of = partial(distillation_loss, model, qwen, options.distill)
+        del qwen  # and with it the layers that were cut out, unless distillation needs them
+
         if checkpoint is None:
             options.text_hash = hash_of_text(training)
             options.out = options.out or free_folder(options)
