@@ -93,8 +93,12 @@ class Study:
         return self.results / f"{name.replace(' ', '-')}.json"
 
     def train_options(self) -> list[str]:
-        """The options of train.py that all runs and the baselines share."""
-        return ["--model", self.model, "--data", self.data, "--dtype", self.dtype, "--device", "cpu"]
+        """The options of train.py that all runs and the baselines share.
+
+        The runs with --patch start from the cut model and learn from the text alone.
+        """
+        options = ["--model", self.model, "--data", self.data, "--dtype", self.dtype, "--device", "cpu"]
+        return [*options, "--seam-tokens", "0", "--distill", "0"]
 
 
 # ---- Texts -----------------------------------------------------------------------------------------------
