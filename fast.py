@@ -83,6 +83,7 @@ class HeadLoss(torch.autograd.Function):
             target = targets[chunk, None].clamp(min=0)  # [chunk, 1]
             log_p_target = log_p.gather(1, target)  # [chunk, 1]
             loss -= weight[chunk] @ log_p_target.squeeze(1) * (1 - a)
+            p_full = None
             if a > 0:
                 p_full = promote(F.linear(full_h[chunk], head)).softmax(-1)  # [chunk, V]
                 loss -= weight[chunk] @ (p_full * log_p).sum(-1) * a
@@ -95,7 +96,7 @@ class HeadLoss(torch.autograd.Function):
                     dz.scatter_add_(1, target, torch.full_like(log_p_target, a))
                 torch.mm(dz.to(h.dtype), head, out=grad[chunk])
                 del dz
-            del log_p  # before the next chunk needs the memory
+            del log_p, p_full  # before the next chunk needs the memory
 
         ctx.save_for_backward(grad, weight)
         return loss

@@ -355,7 +355,9 @@ def new_run_defaults(given) -> dict:
     defaults["eval_every"] = max(1, steps // 5)
     if given.patch:  # what did best on held-out text
         defaults.update(depth=1, modulation="none", train_coda="all", lr=3 * preset["lr"])
-        defaults.update(seam_tokens=12_288, distill=0.5)
+        defaults.update(seam_tokens=12_288)
+        if given.target_offset != 2:  # the full model predicts the next token
+            defaults.update(distill=0.5)
     return defaults
 
 

@@ -150,7 +150,7 @@ class Patched(Ouroboros):
 # regression: its solution needs some text and the full model, and no step of training.
 
 # The strengths of the ridge that are tried, in units of the mean of the diagonal of h^T h.
-RIDGE_STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @torch.no_grad()

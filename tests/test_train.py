@@ -232,6 +232,7 @@ def test_patch_carries_what_did_best_and_the_command_line_has_the_last_word():
     assert chosen("--patch") == (1, "none", "all", 0.006)
     assert (parsed().seam_tokens, parsed().distill) == (0, 0.0)
     assert (parsed("--patch").seam_tokens, parsed("--patch").distill) == (12_288, 0.5)
+    assert parsed("--patch", "--target-offset", "2").distill == 0.0
     others = ["--depth", "4", "--modulation", "static", "--train-coda", "norms", "--lr", "0.1"]
     assert chosen("--patch", *others) == (4, "static", "norms", 0.1)
 
@@ -350,6 +351,13 @@ def test_a_run_without_a_name_takes_the_first_that_is_free(tmp_path, monkeypatch
         (["--lr", "nan"], "--lr"),
         (["--lr", "inf"], "--lr"),
         (["--seed", "-1"], "--seed"),
+        (["--patch", "--seam-tokens", "-1"], "--seam-tokens"),
+        (["--seam-tokens", "1000"], "only with --patch"),
+        (["--patch", "--steps", "0", "--seam-tokens", "0"], "--steps"),
+        (["--distill", "-0.1"], "--distill"),
+        (["--distill", "1.5"], "--distill"),
+        (["--distill", "nan"], "--distill"),
+        (["--distill", "0.5", "--target-offset", "2"], "--target-offset must be 1"),
         (["--x"], "--x"),
         (["--modulation", "none", "--no-gate", "--no-step-norm"], "nothing is left to train"),
         (["--seq-len", "100000"], "text is too short for one sequence"),
