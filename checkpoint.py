@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file each, written whole or not at all, verified when read.
 
 A file holds tensors and `about`, a JSON object. Its header stores the SHA-256 of both. A run's folder
-holds one folder per checkpoint, step-0000100 for example; the newest two are kept.
+holds one folder per checkpoint, step-0000100 for example; see prune_checkpoints for which are kept.
 """
 
 import hashlib
@@ -118,16 +118,31 @@ def step_folder(run: Path, step: int) -> Path:
     return run / f"step-{step:07}"
 
 
-def prune_checkpoints(run: Path, newest: int):
+def prune_checkpoints(run: Path, newest: int, first_bad_step: int | None = None):
     """Keep the checkpoint of step `newest` and the one before it; remove all others of the run.
 
-    Checkpoints of later steps are left from before the run was resumed at an earlier one.
+    Where a step had no finite loss, the newest good checkpoint is kept too. first_bad_step: the number of
+    the first such step, if there was one. Checkpoints of later steps than `newest` are left from before
+    the run was resumed at an earlier one.
     """
     folders = sorted(run.glob(STEP_FOLDER))
     up_to_newest = [folder for folder in folders if folder <= step_folder(run, newest)]
+    kept = up_to_newest[-2:]
+    if first_bad_step is not None:
+        kept.append(newest_good_checkpoint(run, first_bad_step))
     for folder in folders:
-        if folder not in up_to_newest[-2:]:
+        if folder not in kept:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def newest_good_checkpoint(run: Path, first_bad_step: int) -> Path | None:
+    """The newest checkpoint with a good step after it: one before `first_bad_step`. None if there is none."""
+    good = None
+    for folder in sorted(run.glob(STEP_FOLDER)):
+        next_step = 1 + int(folder.name.removeprefix("step-"))
+        if next_step < first_bad_step:
+            good = folder
+    return good
 
 
 # ---- The optimizer ---------------------------------------------------------------------------------------

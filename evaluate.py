@@ -5,11 +5,12 @@ of the model, of the full model it was cut from, and of the cut model.
 
 import hashlib
 import json
+import math
 
 import torch
 
 from data import Batches
-from files import cache_folder, explaining, read_json, replace_file
+from files import UserError, cache_folder, explaining, read_json, replace_file
 from ouroboros import Ouroboros
 from qwen import Qwen
 
@@ -32,10 +33,15 @@ def evaluate(loss_of, batches: Batches, sequences: int, batch_size: int, device)
 
 
 def evaluate_columns(loss_of, columns: dict[str, Batches], args, device) -> dict[str, float]:
-    """{column: loss} for each column of the results table."""
+    """{column: loss} for each column of the results table. Raises UserError if one is not finite."""
     losses = {}
     for column, batches in columns.items():
-        losses[column] = evaluate(loss_of, batches, args.eval_sequences, args.batch_size, device)
+        loss = evaluate(loss_of, batches, args.eval_sequences, args.batch_size, device)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss on {column} text is {loss}; try --dtype float32, or train with a smaller --lr"
+            )
+        losses[column] = loss
     return losses
 
 
@@ -67,18 +73,20 @@ def evaluate_baselines(
             "full": evaluate_columns(qwen.loss, columns, args, device),
             "cut": evaluate_columns(model.cut.loss, columns, args, device),
         }
-        replace_file(path, lambda part: part.write_text(json.dumps(losses)))
+        replace_file(path, lambda part: part.write_text(json.dumps(losses, allow_nan=False)))
 
     with explaining(path, "read as losses", "delete it, it is then made anew"):
         losses = read_json(path)
         return {"full": losses["full"], "cut": losses["cut"]}
 
 
-def gap_recovered(results: dict, column: str) -> float:
-    """The share of the loss between the cut and the full model that training has recovered:
+def gap_recovered(results: dict, column: str) -> float | None:
+    """The share of the loss between the cut and the full model that training has recovered.
 
-    1 is the full model.
+    1 is the full model. None if the full model is no better than the cut one, so that there is no gap.
     """
     full = results["full"][column]
     cut = results["cut"][column]
+    if full >= cut:
+        return None
     return (cut - results["ouroboros"][column]) / (cut - full)

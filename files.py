@@ -10,6 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from output import make_output_safe
+
 # What a missing, damaged or foreign file can raise while it is read. All else is a bug, with a traceback.
 FILE_ERRORS = (
     OSError,
@@ -89,6 +91,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def exit_on_user_error(main):
     """Run a program. What its user can solve becomes one line on stderr and exit code 2."""
+    make_output_safe()
     try:
         main()
     except KeyboardInterrupt:

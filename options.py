@@ -14,6 +14,7 @@ from evaluate import EVALUATION_SEED
 from files import UserError
 from hub import BUILT_IN
 from ouroboros import POOLS
+from run_folder import claim, run_name
 from sources import BUILT_IN_SOURCES
 
 # Defaults by model and device. "cuda" is the paper's recipe at 1,000 of its 18,750 steps.
@@ -247,11 +248,11 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
     )
     option(
         machine,
-        "--out",
-        "The folder of the run.",
-        default="runs/MODEL-depthD-rankR, with a number if that is taken",
-        type=Path,
+        "--name",
+        "The name of the run. It is kept in runs/NAME, with a number behind it if that is taken.",
+        default="model, text and every option that differs from its default",
     )
+    option(machine, "--out", "The folder of the run, which must be empty.", default="runs/NAME", type=Path)
     option(machine, "--eval-every", "The number of steps between two held-out losses.", type=int)
     option(machine, "--eval-sequences", "The number of sequences in each evaluation.", type=int)
     option(machine, "--save-every", "The number of steps between two checkpoints.", type=int)
@@ -295,14 +296,15 @@ def parse_options(arguments: list[str] | None = None):
 
 def new_run_options(arguments: list[str], given) -> argparse.Namespace:
     """The options of a new run, where the defaults suit the model and the device."""
-    options = build_parser(new_run_defaults(given)).parse_args(arguments)
+    parser = build_parser(new_run_defaults(given))
+    options = parser.parse_args(arguments)
     check_numbers(options)
     make_paths_absolute(options)
+    check_name(options)
+    if options.name is None:
+        defaults = vars(parser.parse_args([]))
+        options.name = run_name(vars(options), defaults)
     options.warmup = min(options.warmup, max(1, options.steps // 2))
-    if options.out and holds_files(options.out):
-        raise UserError(
-            f"{options.out}: is there already, and nothing saved is overwritten; choose another --out"
-        )
     return options
 
 
@@ -344,13 +346,15 @@ def resumed_run_options(arguments: list[str], given):
     folder = given.resume or given.eval
     if not holds_checkpoint(folder):  # a run of the Hub has no folder in which it could go on
         raise no_such_run(folder)
+    run = folder.parent if folder.match(STEP_FOLDER) else folder  # RUN/step-0000100 is a checkpoint of RUN
+    if given.resume:
+        claim(run)
     checkpoint = read_checkpoint(folder)
     _, about = checkpoint
     if "options" not in about:
         raise UserError(f"{folder}: was not saved by train.py, which alone can resume or evaluate its runs")
 
-    run = folder.parent if folder.match(STEP_FOLDER) else folder  # RUN/step-0000100 is a checkpoint of RUN
-    saved = dict(about["options"], out=run)
+    saved = dict(about["options"], out=run, name=None)
     options = build_parser(saved).parse_args(arguments)
     check_numbers(options)
     make_paths_absolute(options)
@@ -392,15 +396,20 @@ def check_numbers(options):
             )
 
 
+def check_name(options):
+    """Raise UserError for a --name that is no name of a folder in runs/, or that --out makes useless."""
+    name = options.name
+    if name is None:
+        return
+    if options.out is not None:
+        raise UserError("--name NAME is short for --out runs/NAME; give one of the two")
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"--name {name!r}: give the name of a folder in runs/, or --out with a path")
+
+
 def make_paths_absolute(options):
     """Let --model and --data be found again from any current folder."""
     if options.model not in BUILT_IN and Path(options.model).exists():
         options.model = str(Path(options.model).resolve())
     if options.data not in BUILT_IN_SOURCES and Path(options.data).exists():
         options.data = os.path.abspath(options.data)  # a link keeps its own name, which has the suffix
-
-
-def holds_files(folder: Path) -> bool:
-    """Whether a path is a file or a folder with files in it, half-written ones left out."""
-    paths = [folder, *folder.rglob("*")]
-    return any(path.is_file() and ".part" not in path.suffixes for path in paths)

@@ -8,6 +8,7 @@ there are.
 import os
 import signal
 import sys
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from files import UserError
+from output import reader_is_gone
 
 RANK = 0
 WORLD_SIZE = 1
@@ -74,24 +76,40 @@ def broadcast_from_first(tensors):
 
 
 class StopSignals:
-    """A context in which SIGINT (Ctrl-C) and SIGTERM are noted, so that training can end with a whole step.
+    """A context in which training can be told to stop, so that it ends with a whole step and saves it.
 
-    A second Ctrl-C ends the program at once; but torchrun sends each signal twice, so not under torchrun.
+    It is told by Ctrl-C (SIGINT), by SIGTERM, by a terminal that closes (SIGHUP), or by a reader of the
+    output that goes away. A signal that the caller of the program had switched off, as nohup does, stays
+    off. A second Ctrl-C ends the program at once; but torchrun sends each signal twice, so not under
+    torchrun.
     """
 
-    HANDLED = (signal.SIGINT, signal.SIGTERM)
+    HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")
 
     def __enter__(self):
         self.received = []  # the numbers of the signals so far
         self.previous = {}
-        for number in self.HANDLED:
-            self.previous[number] = signal.signal(number, self._note)
+        for name in self.HANDLED:
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number, frame):
         if self.received and number == signal.SIGINT and WORLD_SIZE == 1:
             sys.exit(128 + number)
+        if not self.received and RANK == 0:
+            self._say("\nstopping after this step; a second Ctrl-C ends at once, without saving it\n")
         self.received.append(number)
+
+    def _say(self, message: str):
+        """Write to stderr, past its buffer, which may be in use at this very moment."""
+        with suppress(OSError):
+            os.write(2, message.encode())
+
+    def ask_to_stop(self) -> bool:
+        """Whether training has been told to stop."""
+        return bool(self.received) or reader_is_gone()
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():

@@ -129,12 +129,23 @@ def print_results(model: Ouroboros, results: dict):
     print_row("", columns)
     for key, name in names.items():
         print_row(name, [f"{results[key][column]:.3f}" for column in columns])
-    print_row("gap recovered", [f"{gap_recovered(results, column):.1%}" for column in columns])
+
+    shares = [gap_recovered(results, column) for column in columns]
+    print_row("gap recovered", ["no gap" if share is None else f"{share:.1%}" for share in shares])
+    if None in shares:
+        print("no gap: on this text the full model is no better than the cut one")
 
 
 def print_row(name: str, cells: list[str]):
     """Print a row of the results table."""
     print(f"{name:24}" + "".join(f"{cell:>15}" for cell in cells))
+
+
+def print_skipped_steps(log: list[dict]):
+    """Print how many of a run's steps were skipped, if there are any."""
+    skipped = sum(row["loss"] is None for row in log)
+    if skipped:
+        print(f"{skipped} of {len(log)} steps had no finite loss and changed no weight; try a smaller --lr")
 
 
 def print_sample(model: Ouroboros, tokenizer, held_out, seed: int, device):

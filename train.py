@@ -5,10 +5,15 @@ the Python source code of this machine, in a few minutes. Everything a run leave
 runs/NAME.
 """
 
+import threads  # noqa: F401 (it has to come before torch)
+
+# isort: split
+
 import hashlib
-import json
 import math
+import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,12 +22,18 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from checkpoint import optimizer_tensors, prune_checkpoints, restore_optimizer, step_folder
+from checkpoint import (
+    newest_good_checkpoint,
+    optimizer_tensors,
+    prune_checkpoints,
+    restore_optimizer,
+    step_folder,
+)
 from data import Batches
 from device import pick_device, pick_dtype
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns
 from fast import keep_freed_memory, recompute_activations, try_to_compile
-from files import UserError, exit_on_user_error, explaining, replace_file
+from files import UserError, exit_on_user_error
 from hub import load_tokenizer
 from options import parse_options
 from ouroboros import Ouroboros
@@ -42,7 +53,16 @@ from report import (
     print_parameters,
     print_results,
     print_sample,
+    print_skipped_steps,
     print_text,
+)
+from run_folder import (
+    append_row,
+    claim_new_folder,
+    cut_log,
+    is_bad,
+    read_log,
+    write_json,
 )
 from sources import open_source
 
@@ -53,6 +73,8 @@ def main():
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     source = open_source(options.data)  # here, so that a wrong path is told before anything slow
+    if checkpoint is None:
+        options.out = claim_new_folder(options.out, options.name)
     keep_freed_memory()
     join_processes(device, options.batch_size * options.accumulation)  # those that torchrun started
     torch.manual_seed(options.seed)
@@ -92,7 +114,6 @@ def main():
         training = batches("train", options.target_offset, options.seed)
         if checkpoint is None:
             options.text_hash = hash_of_text(training)
-            options.out = options.out or free_folder(options)
             first_step = 0
         else:
             check_same_text(options, training)
@@ -111,6 +132,7 @@ def main():
             print(f"stopped, and saved. To continue: python train.py --resume {options.out}")
             print(f"To see how good it is so far: python train.py --eval {options.out}")
             sys.exit(128 + stopped_by)
+        print(f"trained, and saved in {options.out}", flush=True)
 
     # ---- Results -------------------------------------------------------------------------------------------
     if RANK > 0:
@@ -119,11 +141,9 @@ def main():
     print_results(model, results)
     if not options.eval:
         write_json(options.out / "results.json", results)
+        print_skipped_steps(read_log(options.out))
         print_sample(model, tokenizer, columns["held-out"], options.seed, device)
-
-        from plot import plot_losses  # only now, because importing matplotlib takes seconds
-
-        plot_losses(options.out)
+        draw_picture(options.out)
         print(f'\nAll of it is in {options.out}. Write on: python sample.py {options.out} --prompt "..."')
 
 
@@ -144,11 +164,12 @@ def train(model, batches, held_out, options, device, checkpoint=None) -> int:
         first_step = about["step"]
         restore_optimizer(optimizer, parameters, tensors)
 
-    log = options.out / "log.jsonl"
+    bad_steps = []  # those without a finite loss
     if RANK == 0:
         if first_step == 0:
-            save_checkpoint(model, optimizer, options, step=0)
-        cut_log(log, first_step)
+            save_checkpoint(model, optimizer, options, 0, bad_steps)
+        cut_log(options.out, first_step)
+        bad_steps += [row["step"] for row in read_log(options.out) if is_bad(row)]
 
     sequences = options.batch_size * options.accumulation  # of a step
     share = share_of(sequences)  # those of this process: all of them, unless torchrun started several
@@ -172,7 +193,7 @@ def train(model, batches, held_out, options, device, checkpoint=None) -> int:
                 part_of_loss = model.loss(ids, targets) * (size / sequences)
                 part_of_loss.backward()
                 loss += part_of_loss.detach()
-            loss, stop = sum_over_processes(parameters.values(), loss, len(signals.received))
+            loss, stop = sum_over_processes(parameters.values(), loss, signals.ask_to_stop())
             grad_norm = clip_grad_norm_(parameters.values(), 1.0).item()
 
             # ---- Take the step, or skip a step without a number
@@ -189,28 +210,41 @@ def train(model, batches, held_out, options, device, checkpoint=None) -> int:
             seconds = time.perf_counter() - started
             row["tokens_per_s"] = round(sequences * options.seq_len / seconds)
             is_last = step + 1 == options.steps
+            held_out_loss = 0.0
             if RANK == 0:
                 if (step + 1) % options.eval_every == 0 or is_last:
-                    row["held_out"] = evaluate(
+                    held_out_loss = evaluate(
                         model.loss, held_out, options.eval_sequences, options.batch_size, device
                     )
-                    bar.write(f"step {step + 1}: held-out loss {row['held_out']:.3f}")
-                append_row(log, row)
+                    row["held_out"] = held_out_loss if math.isfinite(held_out_loss) else None
+                    bar.write(f"step {step + 1}: held-out loss {held_out_loss:.3f}")
+                append_row(options.out, row)
+                if is_bad(row):
+                    bad_steps.append(step + 1)
                 bar.update()
                 bar.set_postfix_str(f"loss {loss:.3f}, {row['tokens_per_s']} tokens/s")
 
             # ---- Save
             if RANK == 0 and ((step + 1) % options.save_every == 0 or is_last or stop):
-                save_checkpoint(model, optimizer, options, step + 1)
+                save_checkpoint(model, optimizer, options, step + 1, bad_steps)
 
+            # ---- Go on, or stop
             if skipped == 10:
-                raise UserError(
-                    "ten steps in a row had no finite loss and gradient, and none of them was taken; try "
-                    f"--resume {options.out} --lr {options.lr / 3:.1g}, or begin anew with --dtype float32"
-                )
+                raise diverged("ten steps in a row had no finite loss and gradient", options, bad_steps)
+            if not math.isfinite(held_out_loss):
+                raise diverged(f"after step {step + 1} the held-out loss is not finite", options, bad_steps)
             if stop:
                 return signals.received[-1] if signals.received else signal.SIGTERM
     return 0
+
+
+def diverged(what: str, options, bad_steps: list[int]) -> UserError:
+    """The error for a run that gives no numbers any more. It names a checkpoint that still does."""
+    advice = f"--lr {options.lr / 3:.1g}"
+    good = newest_good_checkpoint(options.out, bad_steps[0]) if RANK == 0 else None
+    if good is not None:
+        advice = f"--resume {good} {advice}"
+    return UserError(f"{what}; try {advice}, or begin anew with --dtype float32")
 
 
 def make_optimizer(parameters: dict, options, device) -> torch.optim.AdamW:
@@ -273,54 +307,32 @@ def check_same_text(options, training: Batches):
         )
 
 
-def free_folder(options) -> Path:
-    """The first of runs/NAME, runs/NAME-2, runs/NAME-3 and so on that does not exist."""
-    name = f"runs/{Path(options.model).name}-depth{options.depth}-rank{options.rank}"
-    if options.patch:
-        name += "-patch"
-    folder = Path(name)
-    number = 2
-    while folder.exists():
-        folder = Path(f"{name}-{number}")
-        number += 1
-    return folder
-
-
 # ---- What a run leaves behind ----------------------------------------------------------------------------
 
 
-def save_checkpoint(model: Ouroboros, optimizer, options, step: int):
-    """Save all that is needed to go on after `step` steps. The newest two checkpoints are kept.
+def draw_picture(run: Path):
+    """Let plot.py draw the run's loss.png, in a process of its own: what fails there fails no run."""
+    program = Path(__file__).with_name("plot.py")
+    environment = {**os.environ, "MPLBACKEND": "agg"}
+    drawing = subprocess.run([sys.executable, program, run], env=environment, capture_output=True, text=True)
+    if drawing.returncode != 0:
+        reason = drawing.stderr.strip().splitlines()[-1:]
+        print(f"loss.png was not drawn ({''.join(reason)}); python plot.py {run} draws it later")
+
+
+def save_checkpoint(model: Ouroboros, optimizer, options, step: int, bad_steps: list[int]):
+    """Save all that is needed to go on after `step` steps, and remove old checkpoints.
 
     Every random choice is a function of the seed and the step, so there is no random state to save.
+    bad_steps: the numbers of the steps without a finite loss.
     """
     kept = dict(vars(options))
-    for name in ("resume", "eval", "out"):  # they say where a run is, not what it is
+    for name in ("resume", "eval", "name", "out"):  # they say where a run is, not what it is
         kept.pop(name, None)
     moments = optimizer_tensors(optimizer, model.trained_parameters())
     model.save(step_folder(options.out, step), moments, step=step, options=kept)
     write_json(options.out / "args.json", kept)  # for people to read
-    prune_checkpoints(options.out, newest=step)
-
-
-def cut_log(log: Path, steps: int):
-    """Keep the rows of the first `steps` steps.
-
-    A killed run may have logged steps after its last checkpoint.
-    """
-    lines = []
-    if log.exists():
-        lines = log.read_text(errors="replace").splitlines(keepends=True)[:steps]
-    replace_file(log, lambda part: part.write_text("".join(lines)))
-
-
-def append_row(log: Path, row: dict):
-    with explaining(log, "written", "make room or bring its folder back"), open(log, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def write_json(path: Path, content: dict):
-    replace_file(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+    prune_checkpoints(options.out, step, bad_steps[0] if bad_steps else None)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import make_pretrained
+from helpers import make_pretrained, release_claims
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,6 +17,13 @@ def own_cache(tmp_path_factory):
 def fixed_seed():
     """Every test draws the same numbers, whichever tests run before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def claims_of_one_test():
+    """A folder that a test claims in this process is free for the next test."""
+    yield
+    release_claims()
 
 
 @pytest.fixture

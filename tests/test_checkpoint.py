@@ -388,3 +388,14 @@ def test_the_newest_two_checkpoints_stay_and_what_others_put_there(tmp_path):
     prune_checkpoints(tmp_path, newest=15)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["step-0000010", "step-0000010-mine", "step-0000015"]
+
+
+@pytest.mark.parametrize(
+    "first_bad_step, left",
+    [(None, [15, 20]), (21, [15, 20]), (12, [10, 15, 20]), (11, [5, 15, 20]), (1, [15, 20])],
+)
+def test_the_newest_checkpoint_that_a_good_step_followed_stays(first_bad_step, left, tmp_path):
+    for step in (0, 5, 10, 15, 20):
+        step_folder(tmp_path, step).mkdir()
+    prune_checkpoints(tmp_path, 20, first_bad_step)
+    assert sorted(tmp_path.iterdir()) == [step_folder(tmp_path, step) for step in left]

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOKENIZER, looped, small_tokenizer
+from helpers import TOKENIZER, FixedBatches, looped, small_model, small_tokenizer
 from safetensors.torch import load_file, save_file
 
 from data import Batches
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns, gap_recovered
+from files import UserError
 from ouroboros import Ouroboros
 from qwen import Qwen
+from report import print_results
 from sources import TextSource
 
 CPU = torch.device("cpu")
@@ -117,3 +119,20 @@ def test_the_gap_recovered_is_the_share_of_the_way_from_the_cut_to_the_full_mode
     assert gap_recovered(results, "held-out") == 0.75
     results["ouroboros"]["held-out"] = 4.5
     assert gap_recovered(results, "held-out") == -0.25
+
+
+@pytest.mark.parametrize("full", [4.0, 4.5])
+def test_where_the_full_model_is_no_better_than_the_cut_one_there_is_no_share(full, capsys):
+    results = {"full": {"held-out": full}, "cut": {"held-out": 4.0}, "ouroboros": {"held-out": 3.0}}
+    assert gap_recovered(results, "held-out") is None
+    print_results(small_model(), results)
+    assert "no gap: on this text the full model is no better" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_is_one_line():
+    def no_number(ids, targets):
+        return torch.tensor(float("nan"))
+
+    options = Namespace(eval_sequences=2, batch_size=2)
+    with pytest.raises(UserError, match="the loss on held-out text is nan; try --dtype float32"):
+        evaluate_columns(no_number, {"held-out": FixedBatches()}, options, "cpu")

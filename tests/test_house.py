@@ -10,6 +10,8 @@ from helpers import ROOT
 
 # Each file imports only from files before it.
 ORDER = [
+    "threads",
+    "output",
     "files",
     "device",
     "hub",
@@ -20,6 +22,7 @@ ORDER = [
     "ouroboros",
     "patch",
     "processes",
+    "run_folder",
     "documents",
     "sources",
     "data",
@@ -74,6 +77,12 @@ def modules_after(statement: str) -> dict[str, str]:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
+def test_how_threads_wait_is_set_before_torch_reads_it(program):
+    modules = list(modules_after(f"import {program}"))
+    assert modules.index("threads") < modules.index("torch")
 
 
 def test_importing_the_programs_brings_no_experiments_matplotlib_or_transformers():

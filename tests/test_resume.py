@@ -19,6 +19,7 @@ from helpers import (
     log_rows,
     losses,
     quick_run,
+    release_claims,
     run,
     small_model,
     start,
@@ -49,8 +50,8 @@ def test_a_run_stopped_and_killed_and_resumed_ends_bit_for_bit_as_the_one_left_a
     assert f"python train.py --resume {out}" in printed
     code, _ = stop_at(start(*resume, "--save-every", 7), out, 50, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    code, printed = stop_at(start(*resume), out, 90, signal.SIGTERM)
-    assert code == 143
+    code, printed = stop_at(start(*resume), out, 90, signal.SIGHUP)
+    assert code == 129
     assert f"--resume {out}" in printed
     code, _ = stop_at(start(*resume), out, 130, signal.SIGINT, signal.SIGINT)
     assert code == 130
@@ -83,18 +84,42 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_one_ctrl_c_ends_the_training_with_a_whole_step_that_is_saved(tmp_path):
-    class Interrupting(FixedBatches):
-        def batch(self, first, size, device):
-            if first == 4:
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().batch(first, size, device)
+class Signalling(FixedBatches):
+    """Batches during whose second step a signal arrives."""
 
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def batch(self, first, size, device):
+        if first == 4:
+            os.kill(os.getpid(), self.number)
+        return super().batch(first, size, device)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_training_with_a_whole_step_that_is_saved_and_says_so_at_once(
+    number, tmp_path, capfd
+):
     options = training_options(tmp_path, save_every=100)
-    stopped_by = train.train(small_model(), Interrupting(), FixedBatches(), options, torch.device("cpu"))
-    assert stopped_by == signal.SIGINT
+    batches = Signalling(number)
+    stopped_by = train.train(small_model(), batches, FixedBatches(), options, torch.device("cpu"))
+    assert stopped_by == number
     assert len(losses(tmp_path)) == 2
     assert read_checkpoint(tmp_path)[1]["step"] == 2
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+def test_a_signal_that_nohup_has_switched_off_stays_off(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        options = training_options(tmp_path)
+        batches = Signalling(signal.SIGHUP)
+        assert train.train(small_model(), batches, FixedBatches(), options, torch.device("cpu")) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert read_checkpoint(tmp_path)[1]["step"] == options.steps
 
 
 def test_before_its_first_checkpoint_a_killed_run_can_be_started_again(pretrained, tmp_path):
@@ -125,6 +150,7 @@ def test_what_may_change_on_the_way_changes_and_the_rest_is_refused(pretrained, 
         with pytest.raises(UserError, match=message) as caught:
             parse_options(["--resume", str(out), *changed])
         assert "\n" not in str(caught.value)
+    release_claims()
     refused = run("train.py", "--resume", out, "--rank", 5)
     assert_refused_at_once(refused, "--rank cannot change")
 

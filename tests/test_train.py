@@ -29,9 +29,9 @@ from helpers import (
 import train
 from checkpoint import read_checkpoint, step_folder
 from data import Batches
-from files import exit_on_user_error
+from files import UserError, exit_on_user_error
 from options import parse_options
-from report import print_text
+from report import print_skipped_steps, print_text
 from sources import open_source
 
 # ---- A run -----------------------------------------------------------------------------------------------
@@ -142,8 +142,25 @@ def test_a_trained_run_continues_a_prompt(finished):
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
 def test_the_picture_can_be_drawn_again(finished):
     (finished.out / "loss.png").unlink()
-    succeed("plot.py", finished.out)
+    assert str(finished.out / "loss.png") in succeed("plot.py", finished.out)
     assert (finished.out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
+def test_the_picture_of_a_run_that_has_not_ended_can_be_drawn(tmp_path):
+    options = training_options(tmp_path, steps=5, eval_every=2)
+    train.train(small_model(), FixedBatches(empty=[3]), FixedBatches(), options, torch.device("cpu"))
+    assert not (tmp_path / "results.json").exists()
+    succeed("plot.py", tmp_path)
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_that_cannot_be_drawn_fails_no_run(pretrained, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('no such package')")
+    command = [*quick_run(pretrained, 2), "--out", tmp_path / "run"]
+    printed = succeed(*command, env={"PYTHONPATH": str(tmp_path)})
+    assert "loss.png was not drawn (ImportError: no such package)" in printed
+    assert (tmp_path / "run" / "results.json").exists()
 
 
 def test_nothing_saved_is_overwritten(finished):
@@ -208,10 +225,50 @@ def test_nine_steps_without_a_number_and_nine_more_do_not_end_a_run(tmp_path):
     assert skipped == [False, *[True] * 9, False, *[True] * 9, False]
 
 
-def test_ten_steps_without_a_number_end_the_run_with_what_to_try(pretrained, tmp_path):
+def test_ten_steps_without_a_number_end_the_run_and_a_good_checkpoint_stays(tmp_path):
+    batches = FixedBatches(empty=range(5, 15))  # steps 6 to 15, counted from 1
+    options = training_options(tmp_path, steps=20)
+    advice = "--resume .*/step-0000004 --lr 0.003"
+    with pytest.raises(UserError, match=f"ten steps in a row had no finite loss.*{advice}"):
+        train.train(small_model(), batches, FixedBatches(), options, torch.device("cpu"))
+    left = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert left == ["step-0000004", "step-0000014", "step-0000015"]
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run_with_a_whole_checkpoint(tmp_path):
+    options = training_options(tmp_path, steps=20, eval_every=3)
+    held_out = FixedBatches(empty=[0])
+    with pytest.raises(
+        UserError, match="after step 3 the held-out loss is not finite; try --resume .*step-0000001"
+    ):
+        train.train(small_model(), FixedBatches(), held_out, options, torch.device("cpu"))
+    assert log_rows(tmp_path)[-1]["held_out"] is None
+    left = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert left == ["step-0000001", "step-0000002", "step-0000003"]
+
+
+def test_the_good_checkpoint_stays_when_a_resumed_run_diverges(pretrained, tmp_path):
     out = tmp_path / "run"
-    result = run(*quick_run(pretrained, 40), "--lr", 1e9, "--norm-lr-scale", 1e9, "--out", out)
-    assert_refused(result, "error: ten steps in a row had no finite loss", f"--resume {out}")
+    succeed(*quick_run(pretrained, 21), "--save-every", 3, "--out", out)
+    good = read_checkpoint(step_folder(out, 21))
+    diverging = run("train.py", "--resume", out, "--steps", 60, "--lr", 1e9)
+    advice = f"--resume {step_folder(out, 21)} --lr 3e+08"
+    assert_refused(diverging, "finite", advice)
+    after = read_checkpoint(step_folder(out, 21))
+    assert after[1] == good[1]
+    assert torch.equal(after[0]["gate.linear.bias"], good[0]["gate.linear.bias"])
+
+    refused = run("sample.py", out, "--prompt", "doc1", "--temperature", 1)
+    assert_refused(refused, "its logits are not finite", "earlier checkpoint")
+    printed = succeed("train.py", "--resume", step_folder(out, 21), "--steps", 24, "--lr", 1e-4)
+    assert "gap recovered" in printed
+
+
+def test_a_run_with_a_step_that_was_skipped_says_so_at_its_end(capsys):
+    print_skipped_steps([{"step": 1, "loss": 2.0}])
+    assert capsys.readouterr().out == ""
+    print_skipped_steps([{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}])
+    assert "1 of 2 steps had no finite loss and changed no weight" in capsys.readouterr().out
 
 
 # ---- Options ---------------------------------------------------------------------------------------------
@@ -269,6 +326,7 @@ def test_help_names_for_every_option_the_default_that_holds(arguments, capsys, m
     entries = help_of(capsys, monkeypatch, *arguments)
     options = vars(parsed(*arguments))
     del options["device"]  # it is given
+    del options["name"]  # it is made of the others
     if "--steps" in arguments:
         del options["steps"]
         del options["warmup"]  # its sentence says that it is at most half of all steps
@@ -310,21 +368,6 @@ def test_help_on_a_saved_run_names_its_own_options(finished, capsys, monkeypatch
     assert "Default: 60." in entries["--steps"]
     assert "Default: 4." in entries["--rank"]
     assert f"Default: {finished.pretrained}." in entries["--model"]
-
-
-def test_a_run_without_a_name_takes_the_first_that_is_free(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = parsed("--model", "some/model-1B", "--depth", "2", "--rank", "4")
-    names = []
-    for _ in range(3):
-        folder = train.free_folder(options)
-        folder.mkdir(parents=True)
-        names.append(folder.as_posix())
-    assert names == [
-        "runs/model-1B-depth2-rank4",
-        "runs/model-1B-depth2-rank4-2",
-        "runs/model-1B-depth2-rank4-3",
-    ]
 
 
 # ---- What is refused -------------------------------------------------------------------------------------
@@ -385,7 +428,7 @@ def assert_main_refuses(arguments: list[str], message: str, tmp_path, monkeypatc
     assert message in error
     assert re.match("(train.py: )?error: ", error)
     assert error.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("runs/*/*"))
 
 
 @pytest.mark.parametrize(
