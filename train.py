@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -157,7 +158,7 @@ def train(model, batches, held_out, options, device, checkpoint=None) -> int:
     goes on. Returns the number of the signal that ended the training early, or 0.
     """
     parameters = model.trained_parameters()
-    optimizer = make_optimizer(parameters, options, device)
+    optimizer = make_optimizer(model, options, device)
     first_step = 0
     if checkpoint is not None:
         tensors, about = checkpoint
@@ -247,18 +248,22 @@ def diverged(what: str, options, bad_steps: list[int]) -> UserError:
     return UserError(f"{what}; try {advice}, or begin anew with --dtype float32")
 
 
-def make_optimizer(parameters: dict, options, device) -> torch.optim.AdamW:
+def make_optimizer(model: Ouroboros, options, device) -> torch.optim.AdamW:
     """AdamW with a parameter group for each parameter; "scale" is its learning rate as a multiple of the
     common one.
 
     The step norm's can be larger: it starts at 1 and has a long way to the size of the state
-    (--norm-lr-scale).
+    (--norm-lr-scale). Only the matrices of linear maps decay. For a norm, a bias, an embedding or a table
+    of diagonals, zero is not the neutral value or not a simpler one.
     """
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    decaying = {id(weight) for weight in matrices}
     groups = []
-    for name, p in parameters.items():
+    for name, p in model.trained_parameters().items():
         scale = options.norm_lr_scale if name.startswith("step_norm") else 1.0
-        groups.append({"params": [p], "scale": scale})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=device.type != "mps")
+        decay = 0.01 if id(p) in decaying else 0.0
+        groups.append({"params": [p], "scale": scale, "weight_decay": decay})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
 
 
 def learning_rate(step: int, options) -> float:

@@ -21,6 +21,7 @@ from helpers import (
     quick_run,
     run,
     small_model,
+    small_patched,
     succeed,
     training_options,
     write_text,
@@ -193,14 +194,38 @@ def test_the_rate_rises_and_then_falls_to_zero_along_a_cosine():
 
 def test_the_step_norm_has_a_rate_of_its_own():
     options = training_options(None, norm_lr_scale=50.0)
-    parameters = small_model().trained_parameters()
-    optimizer = train.make_optimizer(parameters, options, torch.device("cpu"))
+    model = small_model()
+    parameters = model.trained_parameters()
+    optimizer = train.make_optimizer(model, options, torch.device("cpu"))
     scales = {}
     for name, group in zip(parameters, optimizer.param_groups, strict=True):
         assert group["params"] == [parameters[name]]
         scales[name] = group["scale"]
     assert scales.pop("step_norm.weight") == 50.0
     assert set(scales.values()) == {1.0}
+
+
+def decaying(model) -> set[str]:
+    """The trained parameters that AdamW shrinks."""
+    optimizer = train.make_optimizer(model, training_options(None), torch.device("cpu"))
+    names = set()
+    for name, group in zip(model.trained_parameters(), optimizer.param_groups, strict=True):
+        if group["weight_decay"] > 0:
+            names.add(name)
+    return names
+
+
+def test_only_matrices_decay():
+    paper = {
+        name for name in small_model().trained_parameters() if name.endswith(".weight") and "norm" not in name
+    }
+    assert decaying(small_model()) == paper - {"controller.step_embedding.weight"}
+    assert "gate.linear.weight" in paper
+    assert decaying(small_model(modulation="static")) == {"gate.linear.weight"}
+
+    patched = small_patched()
+    assert {"seam_in.P.weight", "coda_adapters.0.A.q_proj.weight"} <= decaying(patched)
+    assert not any("norm_change" in name or name == "opening" for name in decaying(patched))
 
 
 def test_a_step_without_a_number_changes_nothing_and_is_logged(tmp_path):
