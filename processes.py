@@ -6,6 +6,7 @@ there are.
 """
 
 import os
+import re
 import signal
 import sys
 from datetime import timedelta
@@ -60,10 +61,19 @@ def sum_over_processes(parameters, *numbers) -> list[float]:
         try:
             dist.all_reduce(vector)
         except RuntimeError as error:
+            if not is_lost_connection(error):
+                raise
             reason = str(error).splitlines()[0]
             raise UserError(f"another process has ended ({reason}); --resume continues the run") from error
         vector_to_parameters(vector, tensors)
     return [float(number) for number in numbers]
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another process is gone, and not because of a bug."""
+    if isinstance(error, dist.DistError):  # of nccl
+        return True
+    return re.search("connection|socket|timed? ?out", str(error), re.IGNORECASE) is not None  # of gloo
 
 
 def broadcast_from_first(tensors):

@@ -22,7 +22,7 @@ from data import Batches
 from device import pick_device, pick_dtype
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns
 from fast import keep_freed_memory, recompute_activations, try_to_compile
-from files import UserError, exit_on_user_error, explaining, replace_file
+from files import WRITE_ERRORS, UserError, exit_on_user_error, explaining, replace_file
 from hub import load_tokenizer
 from options import parse_options
 from ouroboros import Ouroboros
@@ -315,8 +315,10 @@ def cut_log(log: Path, steps: int):
 
 
 def append_row(log: Path, row: dict):
-    with explaining(log, "written", "make room or bring its folder back"), open(log, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    line = json.dumps(row) + "\n"
+    advice = "make room or bring its folder back"
+    with explaining(log, "written", advice, WRITE_ERRORS), open(log, "a") as file:
+        file.write(line)
 
 
 def write_json(path: Path, content: dict):
@@ -324,4 +326,6 @@ def write_json(path: Path, content: dict):
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(
+        main, "try a smaller --batch-size, --seq-len or --depth, or --activation-checkpointing"
+    )

@@ -207,7 +207,7 @@ def test_out_of_memory_ends_with_the_number_and_what_helps(pretrained, tmp_path)
     command = [sys.executable, ROOT / program, *options, "--device", "cpu"]
     shell = "ulimit -v 4000000; exec " + " ".join(map(str, command))
     result = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=600)
-    assert_refused(result, "error: try a smaller --batch-size")
+    assert_refused(result, "error: out of memory; try a smaller --batch-size")
     assert re.search(r"\d{6,} bytes", result.stderr.splitlines()[-1])
 
 
