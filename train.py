@@ -25,7 +25,7 @@ from fast import keep_freed_memory, recompute_activations, try_to_compile
 from files import WRITE_ERRORS, UserError, exit_on_user_error, explaining, replace_file
 from hub import load_tokenizer
 from options import parse_options
-from ouroboros import Ouroboros
+from ouroboros import Ouroboros, checked_arguments
 from patch import Patched, load_run
 from processes import (
     RANK,
@@ -35,7 +35,7 @@ from processes import (
     share_of,
     sum_over_processes,
 )
-from qwen import Qwen
+from qwen import Config, Qwen
 from report import (
     announce_download,
     announce_time,
@@ -53,6 +53,9 @@ def main():
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     source = open_source(options.data)  # here, so that a wrong path is told before anything slow
+    config = Config.from_pretrained(options.model)
+    if checkpoint is None:
+        check_model_options(options, config)
     keep_freed_memory()
     join_processes(device, options.batch_size * options.accumulation)  # those that torchrun started
     torch.manual_seed(options.seed)
@@ -60,17 +63,8 @@ def main():
     print(f"{Path(options.model).name} on {Path(options.data).name}, {device}, {type_name}", flush=True)
     announce_download(options)
 
-    # ---- Model ---------------------------------------------------------------------------------------------
-    if checkpoint is None:
-        qwen = Qwen.from_pretrained(options.model, dtype, device)
-        model = new_model(qwen, options)
-    else:
-        qwen = None  # the full model is loaded only if its losses are not known yet
-        model = load_run(options.out, options.model, dtype, device, checkpoint)
-    broadcast_from_first(model.saved_tensors().values())  # other hardware would round the bases another way
-
-    # ---- Data ----------------------------------------------------------------------------------------------
-    tokenizer = load_tokenizer(options.model, model.config.vocab_size)
+    # ---- Text ----------------------------------------------------------------------------------------------
+    tokenizer = load_tokenizer(options.model, config.vocab_size)
 
     def batches(split: str, offset=1, seed=EVALUATION_SEED) -> Batches:
         return Batches(source, split, tokenizer, options.seq_len, offset, seed)
@@ -81,6 +75,16 @@ def main():
         columns["held-out, t+2"] = batches("val", offset=2)
 
     print_text(source, columns["train"], columns["held-out"], options.eval_sequences)
+
+    # ---- Model ---------------------------------------------------------------------------------------------
+    if checkpoint is None:
+        qwen = Qwen.from_pretrained(options.model, dtype, device)
+        model = new_model(qwen, options)
+    else:
+        qwen = None  # the full model is loaded only if its losses are not known yet
+        model = load_run(options.out, options.model, dtype, device, checkpoint)
+        check_same_text(options, columns["train"])
+    broadcast_from_first(model.saved_tensors().values())  # other hardware would round the bases another way
 
     results = {}
     if RANK == 0:
@@ -95,7 +99,6 @@ def main():
             options.out = options.out or free_folder(options)
             first_step = 0
         else:
-            check_same_text(options, training)
             first_step = checkpoint[1]["step"]
 
         print_parameters(model)
@@ -258,6 +261,23 @@ def new_model(qwen: Qwen, options) -> Ouroboros:
     if not model.trained_parameters():
         raise UserError("nothing is left to train: keep Controller, gate or step norm, or try --patch")
     return model
+
+
+def check_model_options(options, config: Config):
+    """Raise UserError for options that do not fit the model, before its weights are fetched and read.
+
+    They are the checks of the model itself.
+    """
+    checked_arguments(
+        config,
+        options.prelude,
+        options.recurrent,
+        options.coda,
+        options.rank,
+        options.depth,
+        options.modulation,
+        options.pool,
+    )
 
 
 def hash_of_text(training: Batches) -> str:

@@ -362,6 +362,28 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, tmp_pa
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--depth", 65], "depth 65: give a whole number from 1 to 64"),
+        (["--rank", 5000], "rank 5000 does not fit this model: its smallest projection allows 1 to 16"),
+        (["--rank", 17, "--patch", "--modulation", "static"], "allows 1 to 16"),
+        (["--prelude", 5], "is not a cut of 6 layers"),
+        (["--seq-len", 100_000], "the training text is too short"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused_before_the_weights_are_read(
+    arguments, message, pretrained, empty_cache, tmp_path
+):
+    (pretrained / "model.safetensors").unlink()
+    command = [*quick_run(pretrained, 2), "--out", tmp_path / "run"]
+    assert_refused_at_once(run(*command, *arguments), message)
+    if arguments[0] != "--seq-len":
+        assert not empty_cache.exists()  # nor is anything tokenized
+    assert_refused(run(*command), "model.safetensors: no such file")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
         (["--eval", "nowhere"], "nowhere: no such run"),
         (["--resume", "nowhere", "--rank", "4"], "nowhere: no such run"),
         (["--resume", "a", "--eval", "b"], "not allowed with"),
