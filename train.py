@@ -11,6 +11,7 @@ import math
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +84,10 @@ def main():
     else:
         qwen = None  # the full model is loaded only if its losses are not known yet
         model = load_run(options.out, options.model, dtype, device, checkpoint)
-        check_same_text(options, columns["train"])
+        if options.eval:
+            announce_evaluation(options, model, columns["train"])
+        else:
+            check_same_text(options, columns["train"])
     broadcast_from_first(model.saved_tensors().values())  # other hardware would round the bases another way
 
     results = {}
@@ -100,6 +104,7 @@ def main():
             first_step = 0
         else:
             first_step = checkpoint[1]["step"]
+            print(f"continuing at step {first_step} of {options.steps}")
 
         print_parameters(model)
         batch = training.batch(0, options.batch_size, device)
@@ -118,8 +123,9 @@ def main():
     # ---- Results -------------------------------------------------------------------------------------------
     if RANK > 0:
         return
-    results["ouroboros"] = evaluate_columns(model.loss, columns, options, device)
-    print_results(model, results)
+    loss_of = partial(model.loss, depth=options.depth)  # --eval may ask for another depth than the model's
+    results["ouroboros"] = evaluate_columns(loss_of, columns, options, device)
+    print_results(model, results, options.depth)
     if not options.eval:
         write_json(options.out / "results.json", results)
         print_sample(model, tokenizer, columns["held-out"], options.seed, device)
@@ -289,8 +295,17 @@ def check_same_text(options, training: Batches):
     """Raise UserError if the text is not the one with which a resumed run began."""
     if options.text_hash != hash_of_text(training):
         raise UserError(
-            f"{options.data}: not the text any more with which {options.out} began; bring it back to go on"
+            f"{options.data}: not the text with which {options.out} began, or its tokenizer.json has "
+            "changed; bring it back, or give --data with where the text lies now"
         )
+
+
+def announce_evaluation(options, model: Ouroboros, training: Batches):
+    """Say what differs between an evaluation and the training of its run."""
+    if options.text_hash != hash_of_text(training):
+        print(f"this is another text than that on which {options.out} was trained")
+    if options.depth != model.depth:
+        print(f"the loop takes {options.depth} steps here; {options.out} was trained with {model.depth}")
 
 
 def free_folder(options) -> Path:

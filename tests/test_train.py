@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +30,12 @@ from helpers import (
 import train
 from checkpoint import read_checkpoint, step_folder
 from data import Batches
+from device import pick_dtype
+from evaluate import EVALUATION_SEED, evaluate
 from files import exit_on_user_error
+from hub import load_tokenizer
 from options import parse_options
+from patch import load_run
 from report import print_text
 from sources import open_source
 
@@ -124,6 +129,27 @@ def test_an_evaluation_may_take_another_text_and_changes_nothing(finished, tmp_p
     other = write_text(tmp_path / "other.txt", 300)
     printed = succeed("train.py", "--eval", finished.out, "--data", other)
     assert table_of(printed) != table_of(finished.printed)
+    assert everything() == before
+
+
+def test_an_evaluation_may_take_another_depth_and_changes_nothing(finished):
+    def everything():
+        return {path: path.read_bytes() for path in finished.out.rglob("*") if path.is_file()}
+
+    before = everything()
+    printed = succeed("train.py", "--eval", finished.out, "--depth", 3)
+    assert f"the loop takes 3 steps here; {finished.out} was trained with 2" in printed
+    assert table_of(printed)[:3] == table_of(finished.printed)[:3]  # the full and the cut model have no loop
+    (row,) = (line for line in table_of(printed) if line.startswith("ouroboros, depth 3"))
+
+    options, _ = parse_options(["--eval", str(finished.out), "--depth", "3", "--device", "cpu"])
+    device = torch.device("cpu")
+    model = load_run(finished.out, dtype=pick_dtype("auto", device))
+    tokenizer = load_tokenizer(finished.pretrained)
+    source = open_source(options.data)
+    held_out = Batches(source, "val", tokenizer, options.seq_len, seed=EVALUATION_SEED)
+    loss = evaluate(partial(model.loss, depth=3), held_out, options.eval_sequences, 4, device)
+    assert row.split()[-1] == f"{loss:.3f}"
     assert everything() == before
 
 
