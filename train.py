@@ -124,7 +124,7 @@ def main():
     if RANK > 0:
         return
     loss_of = partial(model.loss, depth=options.depth)  # --eval may ask for another depth than the model's
-    results["ouroboros"] = evaluate_columns(loss_of, columns, options, device)
+    results["ouroboros"] = evaluate_columns(loss_of, columns, options, device, "the looped model")
     print_results(model, results, options.depth)
     if not options.eval:
         write_json(options.out / "results.json", results)

@@ -48,6 +48,21 @@ def test_no_sequence_is_evaluated_twice(pretrained, columns):
     assert evaluate(model.loss, columns["held-out"], total + 7, 4, CPU) == expected
 
 
+def test_an_evaluation_that_takes_long_shows_a_bar(pretrained, columns, options, capsys, monkeypatch):
+    model = looped(Qwen.from_pretrained(pretrained), rank=4, depth=2)
+    evaluate_baselines(model, None, columns, options, CPU)
+    assert capsys.readouterr().err == ""
+
+    monkeypatch.setattr("evaluate.BAR_DELAY", 0)  # as if every evaluation took long
+    evaluate_columns(model.loss, columns, options, CPU)
+    evaluate_baselines(model, None, columns, Namespace(**{**vars(options), "seq_len": 17}), CPU)
+    shown = capsys.readouterr().err
+    for name in ("the model, train", "the full model, held-out", "the cut model, train"):
+        assert f"evaluating {name}" in shown
+    assert "| 0/5" in shown
+    assert shown.endswith("\r")  # and nothing is left of it
+
+
 def test_an_evaluation_leaves_no_gradient(pretrained, columns, options):
     model = looped(Qwen.from_pretrained(pretrained), rank=4, depth=2)
     evaluate_columns(model.loss, columns, options, CPU)

@@ -251,11 +251,10 @@ def test_a_run_goes_on_with_a_text_that_was_moved_and_keeps_its_new_place(pretra
 
     moved = text.rename(tmp_path / "moved.txt")
     resume = ["train.py", "--resume", out]
-    for command in (resume, ["train.py", "--eval", out]):
-        refused = run(*command)
-        assert_refused_at_once(
-            refused, f"{text}: the text of {out} is not there any more; add --data and where"
-        )
+    for option in ("--resume", "--eval"):
+        message = f"{text}: the text of {out} is not there any more; add --data and where it lies now"
+        with pytest.raises(UserError, match=message):
+            parse_options([option, str(out)])
     other = write_text(tmp_path / "other.txt", 399)
     refused = run(*resume, "--data", other)
     assert_refused(refused, f"{other}: not the text with which {out} began")
