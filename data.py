@@ -49,7 +49,10 @@ class Tokens:
         self.split = split
         self.end_token = tokenizer.token_to_id(END_OF_TEXT)
         if self.end_token is None:
-            raise UserError(f"the tokenizer has no {END_OF_TEXT} token; use the model's own tokenizer.json")
+            raise UserError(
+                f"the tokenizer.json of this model has no {END_OF_TEXT} token, which ends a document; give "
+                "--model another model, such as one of Qwen2.5"
+            )
         self.largest_token = max(tokenizer.get_vocab().values())
         self.dtype = np.uint16 if self.largest_token < 2**16 else np.uint32
 

@@ -38,7 +38,10 @@ def join_processes(device: torch.device, sequences_per_step: int):
     if RANK > 0:
         sys.stdout = None
     if sequences_per_step < WORLD_SIZE:
-        raise UserError(f"a step has fewer sequences than the {WORLD_SIZE} processes; raise --accumulation")
+        raise UserError(
+            f"a step has {sequences_per_step} sequences for {WORLD_SIZE} processes; give --batch-size and "
+            f"--accumulation a product of {WORLD_SIZE} or more"
+        )
 
 
 def share_of(sequences_per_step: int) -> range:

@@ -265,7 +265,10 @@ def new_model(qwen: Qwen, options) -> Ouroboros:
     else:
         model = Ouroboros(qwen, **settings)
     if not model.trained_parameters():
-        raise UserError("nothing is left to train: keep Controller, gate or step norm, or try --patch")
+        raise UserError(
+            "nothing is left to train; leave out one of --modulation none, --no-gate and --no-step-norm, or "
+            "add --patch"
+        )
     return model
 
 
