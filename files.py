@@ -1,5 +1,6 @@
 """Reading and writing files: what a person can mend is one line, and nothing that was saved is lost."""
 
+import errno
 import json
 import os
 import sys
@@ -86,8 +87,11 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory has run out, on the CPU or on an accelerator."""
     if isinstance(error, MemoryError):
         return True
-    phrases = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    phrases = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(phrase in message for phrase in phrases)
 
 
 def exit_on_user_error(main, memory_advice="take a smaller model or text, or a machine with more memory"):

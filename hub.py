@@ -445,6 +445,8 @@ def check_same_model(folder_or_repo, expected: dict, needed_by):
             differences.append(f"{key} in config.json is {found['config'].get(key)}, and was {value}")
     if found["weights"] != expected["weights"]:
         differences.append("the weights differ")
+    if len(differences) > 3:
+        differences[3:] = [f"{len(differences) - 3} more differences"]
     if differences:
         raise UserError(
             f"{folder_or_repo} is not the model on which {needed_by} was trained: {'; '.join(differences)}; "

@@ -58,6 +58,9 @@ def load_model(cls, folder, base=None, dtype=torch.float32, device="cpu", checkp
     """
     tensors, about = checkpoint or read_checkpoint(folder)
     saved = saved_model(folder, about)
+    for name in saved.get("tensors", ()):  # older files have no such list
+        if name not in tensors:
+            raise other_code(folder, f"it has no {name}")
     settings = saved["settings"]
     if saved["class"] != cls.__name__:
         raise UserError(
@@ -75,10 +78,7 @@ def load_model(cls, folder, base=None, dtype=torch.float32, device="cpu", checkp
     first_of_coda = saved["num_layers"] - settings["coda"]
     kept = {*range(settings["prelude"]), settings["recurrent"], *range(first_of_coda, saved["num_layers"])}
     qwen = Qwen.from_pretrained(base, dtype, device, layers=kept)
-    bases = None
-    if settings["modulation"] != "none":
-        bases = saved_bases(folder, tensors)
-    model = cls(qwen, bases=bases, **settings)
+    model = cls(qwen, bases=saved_bases(tensors), **settings)
 
     own = {}
     for name, tensor in model.saved_tensors().items():
@@ -105,7 +105,7 @@ def saved_model(folder, about: dict) -> dict:
     for key in ("class", "base", "fingerprint", "num_layers", "settings"):
         if key not in saved:
             raise other_code(folder, f"it does not say its {key}")
-    for key in ("prelude", "recurrent", "coda", "modulation"):
+    for key in ("prelude", "recurrent", "coda"):
         if key not in saved["settings"]:
             raise other_code(folder, f"it does not say its {key}")
     return saved
@@ -130,12 +130,10 @@ def check_settings(cls, folder, settings: dict):
             raise other_code(folder, f"{cls.__name__} has no setting {name}")
 
 
-def saved_bases(folder, tensors: dict) -> dict:
-    """{k: (A_k, B_k)} of a saved model. Raises UserError if one is missing."""
+def saved_bases(tensors: dict) -> dict:
+    """{k: (A_k, B_k)} of a saved model."""
     bases = {}
     for k in PROJECTIONS:
-        for name in (f"lora.{k}.A", f"lora.{k}.B"):
-            if name not in tensors:
-                raise other_code(folder, f"it has no {name}")
-        bases[k] = (tensors[f"lora.{k}.A"], tensors[f"lora.{k}.B"])
+        if f"lora.{k}.A" in tensors and f"lora.{k}.B" in tensors:  # some subclasses have none
+            bases[k] = (tensors[f"lora.{k}.A"], tensors[f"lora.{k}.B"])
     return bases

@@ -365,5 +365,5 @@ def write_json(path: Path, content: dict):
 
 if __name__ == "__main__":
     exit_on_user_error(
-        main, "try a smaller --batch-size, --seq-len or --depth, or --activation-checkpointing"
+        main, "try a smaller --batch-size, --seq-len, --depth or --model, or --activation-checkpointing"
     )

@@ -328,7 +328,7 @@ def test_a_model_that_other_code_saved_is_refused_with_the_tensor_that_is_missin
         tensors["gate.bias"] = tensors.pop("gate.linear.bias")
 
     change_saved_tensors(tmp_path / "run", another_name)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="was saved by other code: it has no gate.linear.bias"):
         Ouroboros.load(tmp_path / "run")
 
     change_saved_tensors(tmp_path / "run", lambda tensors: tensors.pop("lora.v_proj.B"))

@@ -1,5 +1,6 @@
 """What a person can mend is one line and exit code 2; a bug keeps its traceback."""
 
+import errno
 import sys
 import zlib
 
@@ -220,6 +221,9 @@ def test_another_process_that_has_ended_is_told_from_a_bug_in_the_sum():
 def test_memory_that_has_run_out_is_told_from_other_errors_about_memory():
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("MPS backend out of memory"))
+    assert is_out_of_memory(RuntimeError("unable to mmap 9 bytes from file <m>: Cannot allocate memory (12)"))
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(TypeError("out of memory"))
 

@@ -36,7 +36,7 @@ from files import exit_on_user_error
 from hub import load_tokenizer
 from options import parse_options
 from patch import load_run
-from report import print_text
+from report import print_text, readable_time
 from sources import open_source
 
 # ---- A run -----------------------------------------------------------------------------------------------
@@ -65,6 +65,13 @@ def test_the_text_is_counted_before_training_and_a_small_one_is_warned_of(finish
         assert re.search(rf"{name}: [\d,]+ documents, [\d,]+ tokens, [\d,]+ sequences\n", before_training)
     assert re.search(r"warning: held-out text of \d+ sequences is too little", before_training)
     assert "warning: training text" not in before_training
+
+
+def test_a_short_training_is_announced_in_seconds(finished):
+    assert re.search(r"\n60 steps of 1 x 4 x 32 tokens, about [1-9]\d* s\n", finished.printed)
+    assert readable_time(99.4) == "99 s"
+    assert readable_time(150) == "2 min"
+    assert readable_time(3 * 3600) == "3.0 h"
 
 
 def test_it_is_said_where_an_evaluation_has_fewer_sequences_than_were_asked_for(tmp_path, capsys):
