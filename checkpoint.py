@@ -106,7 +106,9 @@ def read_one_checkpoint(path: Path) -> tuple[dict, dict]:
             tensors[name] = file.get_tensor(name).clone()  # get_tensor maps the file, which may be replaced
 
     if "about" not in metadata or "sha256" not in metadata:
-        raise UserError(f"{path}: was not saved by this program; give a folder that train.py or save() wrote")
+        raise UserError(
+            f"{path}: was not saved by this program, or is damaged; give a folder that train.py or save() wrote"
+        )
     if checksum(tensors, metadata["about"]) != metadata["sha256"]:
         raise UserError(
             f"{path}: cannot be read as a whole checkpoint (its checksum does not fit); bring back a copy"
