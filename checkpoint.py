@@ -107,7 +107,7 @@ def read_one_checkpoint(path: Path) -> tuple[dict, dict]:
 
     if "about" not in metadata or "sha256" not in metadata:
         raise UserError(
-            f"{path}: was not saved by this program, or is damaged; give a folder that train.py or save() wrote"
+            f"{path}: was not saved by this program, or is damaged; give a folder of train.py or save()"
         )
     if checksum(tensors, metadata["about"]) != metadata["sha256"]:
         raise UserError(
