@@ -100,14 +100,20 @@ def read_one_checkpoint(path: Path) -> tuple[dict, dict]:
         explaining(path, "read as a whole checkpoint", "bring back a copy"),
         safe_open(path, "pt") as file,
     ):
-        metadata = file.metadata()
+        metadata = file.metadata() or {}
         tensors = {}
         for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
             tensors[name] = file.get_tensor(name).clone()  # get_tensor maps the file, which may be replaced
-        if checksum(tensors, metadata["about"]) != metadata["sha256"]:
-            raise ValueError("its checksum does not fit")
-        about = json.loads(metadata["about"])
 
+    if "about" not in metadata or "sha256" not in metadata:
+        raise UserError(
+            f"{path}: was not saved by this program, or is damaged; give a folder of train.py or save()"
+        )
+    if checksum(tensors, metadata["about"]) != metadata["sha256"]:
+        raise UserError(
+            f"{path}: cannot be read as a whole checkpoint (its checksum does not fit); bring back a copy"
+        )
+    about = json.loads(metadata["about"])
     if about.get("format") != FORMAT:
         raise UserError(f"{path}: was saved by another version of this program; open it with that version")
     return tensors, about

@@ -8,38 +8,58 @@ import json
 import math
 
 import torch
+from tqdm import tqdm
 
 from data import Batches
 from files import UserError, cache_folder, explaining, read_json, replace_file
 from ouroboros import Ouroboros
+from processes import RANK
 from qwen import Qwen
 
 EVALUATION_SEED = 2**32  # evaluation reads the text in an order of its own, which no --seed gives
+BAR_DELAY = 1  # seconds; a shorter evaluation shows no bar
 
 
 @torch.no_grad()
-def evaluate(loss_of, batches: Batches, sequences: int, batch_size: int, device) -> float:
+def evaluate(loss_of, batches: Batches, sequences: int, batch_size: int, device, name="the model") -> float:
     """The mean cross entropy, in nats per target, over the first `sequences` sequences of `batches`.
 
     loss_of(ids, targets) returns the mean over a batch. In a text with fewer sequences, each is read once.
+    name: what is evaluated, for the bar.
     """
     sequences = batches.at_most(sequences)
     total = torch.zeros((), device=device)
-    for first in range(0, sequences, batch_size):
-        size = min(batch_size, sequences - first)
-        ids, targets = batches.batch(first, size, device)
-        total += loss_of(ids, targets) * size
+    with tqdm(
+        total=sequences,
+        desc=f"evaluating {name}",
+        unit=" sequences",
+        leave=False,
+        delay=BAR_DELAY,
+        disable=RANK > 0,
+    ) as bar:
+        for first in range(0, sequences, batch_size):
+            size = min(batch_size, sequences - first)
+            ids, targets = batches.batch(first, size, device)
+            total += loss_of(ids, targets) * size
+            total.item()  # waits for the device, so that the bar tells what is done
+            bar.update(size)
     return total.item() / sequences
 
 
-def evaluate_columns(loss_of, columns: dict[str, Batches], args, device) -> dict[str, float]:
-    """{column: loss} for each column of the results table. Raises UserError if one is not finite."""
+def evaluate_columns(
+    loss_of, columns: dict[str, Batches], args, device, name="the model"
+) -> dict[str, float]:
+    """{column: loss} for each column of the results table. name: what is evaluated, for the bar.
+
+    Raises UserError if a loss is not finite.
+    """
     losses = {}
     for column, batches in columns.items():
-        loss = evaluate(loss_of, batches, args.eval_sequences, args.batch_size, device)
+        bar_name = f"{name}, {column}"
+        loss = evaluate(loss_of, batches, args.eval_sequences, args.batch_size, device, bar_name)
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss on {column} text is {loss}; try --dtype float32, or train with a smaller --lr"
+                f"{name} has a loss of {loss} on {column} text; try --dtype float32, or a smaller --lr"
             )
         losses[column] = loss
     return losses
@@ -70,8 +90,8 @@ def evaluate_baselines(
         if qwen is None:
             qwen = Qwen.from_pretrained(model.source, dtype, device)
         losses = {
-            "full": evaluate_columns(qwen.loss, columns, args, device),
-            "cut": evaluate_columns(model.cut.loss, columns, args, device),
+            "full": evaluate_columns(qwen.loss, columns, args, device, "the full model"),
+            "cut": evaluate_columns(model.cut.loss, columns, args, device, "the cut model"),
         }
         replace_file(path, lambda part: part.write_text(json.dumps(losses, allow_nan=False)))
 

@@ -55,7 +55,8 @@ PRESETS = {
 MAY_CHANGE = {
     "resume",
     "eval",
-    "model",  # where it lies now; load_model recognises it by its content
+    "model",  # where it lies now; load_model recognises it by its content,
+    "data",  # and train.py recognises the text by its tokens
     "device",
     "compile",
     "activation_checkpointing",
@@ -263,13 +264,14 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
         type=Path,
         metavar="RUN",
         help="Continue a run that was stopped, with its own options. --steps, --lr, the intervals and what "
-        "concerns the machine may change.",
+        "concerns the machine may change. --model and --data say where the same model and text lie now.",
     )
     instead.add_argument(
         "--eval",
         type=Path,
         metavar="RUN",
-        help="Only evaluate a run, on its own text or on the text of --data.",
+        help="Only evaluate a run, on its own text or on the text of --data, at its own or at another "
+        "--depth.",
     )
     parser.set_defaults(**defaults)
     return parser
@@ -352,19 +354,26 @@ def resumed_run_options(arguments: list[str], given):
     checkpoint = read_checkpoint(folder)
     _, about = checkpoint
     if "options" not in about:
-        raise UserError(f"{folder}: was not saved by train.py, which alone can resume or evaluate its runs")
+        raise UserError(
+            f"{folder}: was not saved by train.py, so it has no training to continue and no text to evaluate "
+            "on; give the folder of a run of train.py"
+        )
 
     saved = dict(about["options"], out=run, name=None)
+    check_places(saved, given)
     options = build_parser(saved).parse_args(arguments)
     check_numbers(options)
     make_paths_absolute(options)
     check_unchanged(saved, options)
 
     step = about["step"]
+    if options.steps < step:
+        raise UserError(f"--steps {options.steps}: {run} has done {step} steps already; give {step} or more")
     sequences = saved["batch_size"] * saved["accumulation"]
-    if options.steps < step or (options.resume and options.batch_size * options.accumulation != sequences):
+    if options.resume and options.batch_size * options.accumulation != sequences:
         raise UserError(
-            f"{run}: --steps must be {step} or more, --batch-size times --accumulation stay {sequences}"
+            f"--batch-size {options.batch_size} and --accumulation {options.accumulation}: a step of {run} "
+            f"has {sequences} sequences; give two numbers whose product is {sequences}"
         )
     return options, checkpoint
 
@@ -372,16 +381,34 @@ def resumed_run_options(arguments: list[str], given):
 # ---- What is refused -------------------------------------------------------------------------------------
 
 
+def check_places(saved: dict, given):
+    """Raise UserError if the pretrained model or the text of a run was moved, and it is not said where to."""
+    for name, content in (("model", "pretrained model"), ("data", "text")):
+        place = saved[name]
+        was_a_path = os.path.isabs(place)  # and not a built-in name or a name of the Hub
+        if getattr(given, name) is None and was_a_path and not os.path.exists(place):
+            raise UserError(
+                f"{place}: the {content} of {saved['out']} is not there any more; add --{name} and where "
+                "it lies now"
+            )
+
+
 def check_unchanged(saved: dict, options):
     """Raise UserError if an option differs from the saved one that cannot change in a resumed run."""
     may_change = set(MAY_CHANGE)
     if options.eval:
-        may_change.add("data")
+        may_change.add("depth")  # any depth can be evaluated
     for name, value in vars(options).items():
         if name not in may_change and value != saved[name]:
-            raise UserError(
-                f"--{name.replace('_', '-')} cannot change: {saved['out']} began with {saved[name]}"
-            )
+            option = name.replace("_", "-")
+            began = f"began with {saved[name]}"
+            if value is False:
+                option = f"no-{option}"  # --no-gate and --no-step-norm
+            if isinstance(value, bool):
+                began = "began without it"
+            if saved[name] is None:
+                began = "began with the default"
+            raise UserError(f"--{option} cannot change: {saved['out']} {began}; leave it out")
 
 
 def check_numbers(options):

@@ -6,6 +6,7 @@ there are.
 """
 
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
@@ -39,7 +40,10 @@ def join_processes(device: torch.device, sequences_per_step: int):
     if RANK > 0:
         sys.stdout = None
     if sequences_per_step < WORLD_SIZE:
-        raise UserError(f"a step has fewer sequences than the {WORLD_SIZE} processes; raise --accumulation")
+        raise UserError(
+            f"a step has {sequences_per_step} sequences for {WORLD_SIZE} processes; give --batch-size and "
+            f"--accumulation a product of {WORLD_SIZE} or more"
+        )
 
 
 def share_of(sequences_per_step: int) -> range:
@@ -62,10 +66,19 @@ def sum_over_processes(parameters, *numbers) -> list[float]:
         try:
             dist.all_reduce(vector)
         except RuntimeError as error:
+            if not is_lost_connection(error):
+                raise
             reason = str(error).splitlines()[0]
             raise UserError(f"another process has ended ({reason}); --resume continues the run") from error
         vector_to_parameters(vector, tensors)
     return [float(number) for number in numbers]
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another process is gone, and not because of a bug."""
+    if isinstance(error, dist.DistError):  # of nccl
+        return True
+    return re.search("connection|socket|timed? ?out", str(error), re.IGNORECASE) is not None  # of gloo
 
 
 def broadcast_from_first(tensors):

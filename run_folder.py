@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from files import UserError, explaining, replace_file
+from files import WRITE_ERRORS, UserError, explaining, replace_file
 from processes import RANK
 
 if sys.platform != "win32":
@@ -169,7 +169,8 @@ def append_row(run: Path, row: dict):
     """Add the row of a step."""
     line = json.dumps(row, allow_nan=False) + "\n"
     log = run / LOG
-    with explaining(log, "written", "make room or bring its folder back"), open(log, "a") as file:
+    advice = "make room or bring its folder back"
+    with explaining(log, "written", advice, WRITE_ERRORS), open(log, "a") as file:
         file.write(line)
 
 

@@ -67,4 +67,4 @@ def main():
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(main, "try a shorter --prompt, fewer --max-new-tokens, or a machine with more memory")

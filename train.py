@@ -9,13 +9,13 @@ import threads  # noqa: F401 (it has to come before torch)
 
 # isort: split
 
-import hashlib
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ from fast import keep_freed_memory, recompute_activations, try_to_compile
 from files import UserError, exit_on_user_error
 from hub import load_tokenizer
 from options import parse_options
-from ouroboros import Ouroboros
+from ouroboros import Ouroboros, checked_arguments
 from patch import Patched, load_run
 from processes import (
     RANK,
@@ -47,9 +47,10 @@ from processes import (
     share_of,
     sum_over_processes,
 )
-from qwen import Qwen
+from qwen import Config, Qwen
 from report import (
     announce_download,
+    announce_evaluation,
     announce_time,
     print_parameters,
     print_results,
@@ -74,7 +75,9 @@ def main():
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     source = open_source(options.data)  # here, so that a wrong path is told before anything slow
+    config = Config.from_pretrained(options.model)
     if checkpoint is None:
+        checked_arguments(config, **loop_settings(options))  # before the weights are fetched and read
         options.out = claim_new_folder(options.out, options.name)
     keep_freed_memory()
     join_processes(device, options.batch_size * options.accumulation)  # those that torchrun started
@@ -83,17 +86,8 @@ def main():
     print(f"{Path(options.model).name} on {Path(options.data).name}, {device}, {type_name}", flush=True)
     announce_download(options)
 
-    # ---- Model ---------------------------------------------------------------------------------------------
-    if checkpoint is None:
-        qwen = Qwen.from_pretrained(options.model, dtype, device)
-        model = new_model(qwen, options)
-    else:
-        qwen = None  # the full model is loaded only if its losses are not known yet
-        model = load_run(options.out, options.model, dtype, device, checkpoint)
-    broadcast_from_first(model.saved_tensors().values())  # other hardware would round the bases another way
-
-    # ---- Data ----------------------------------------------------------------------------------------------
-    tokenizer = load_tokenizer(options.model, model.config.vocab_size)
+    # ---- Text ----------------------------------------------------------------------------------------------
+    tokenizer = load_tokenizer(options.model, config.vocab_size)
 
     def batches(split: str, offset=1, seed=EVALUATION_SEED) -> Batches:
         return Batches(source, split, tokenizer, options.seq_len, offset, seed)
@@ -105,6 +99,19 @@ def main():
 
     print_text(source, columns["train"], columns["held-out"], options.eval_sequences)
 
+    # ---- Model ---------------------------------------------------------------------------------------------
+    if checkpoint is None:
+        qwen = Qwen.from_pretrained(options.model, dtype, device)
+        model = new_model(qwen, options)
+    else:
+        qwen = None  # the full model is loaded only if its losses are not known yet
+        model = load_run(options.out, options.model, dtype, device, checkpoint)
+        if options.eval:
+            announce_evaluation(options, model, columns["train"])
+        else:
+            check_same_text(options, columns["train"])
+    broadcast_from_first(model.saved_tensors().values())  # other hardware would round the bases another way
+
     results = {}
     if RANK == 0:
         results = evaluate_baselines(model, qwen, columns, options, device)
@@ -114,11 +121,11 @@ def main():
     if not options.eval:
         training = batches("train", options.target_offset, options.seed)
         if checkpoint is None:
-            options.text_hash = hash_of_text(training)
+            options.text_hash = training.text_hash()
             first_step = 0
         else:
-            check_same_text(options, training)
             first_step = checkpoint[1]["step"]
+            print(f"continuing at step {first_step} of {options.steps}")
 
         print_parameters(model)
         batch = training.batch(0, options.batch_size, device)
@@ -138,8 +145,9 @@ def main():
     # ---- Results -------------------------------------------------------------------------------------------
     if RANK > 0:
         return
-    results["ouroboros"] = evaluate_columns(model.loss, columns, options, device)
-    print_results(model, results)
+    loss_of = partial(model.loss, depth=options.depth)  # --eval may ask for another depth than the model's
+    results["ouroboros"] = evaluate_columns(loss_of, columns, options, device, "the looped model")
+    print_results(model, results, options.depth)
     if not options.eval:
         write_json(options.out / "results.json", results)
         print_skipped_steps(read_log(options.out))
@@ -277,38 +285,33 @@ def learning_rate(step: int, options) -> float:
 # ---- Before training -------------------------------------------------------------------------------------
 
 
+def loop_settings(options) -> dict:
+    """The arguments of Ouroboros that have to fit the pretrained model."""
+    names = ("prelude", "recurrent", "coda", "rank", "depth", "modulation", "pool")
+    return {name: getattr(options, name) for name in names}
+
+
 def new_model(qwen: Qwen, options) -> Ouroboros:
     """The model that the options ask for. Raises UserError for options that leave nothing to train."""
-    settings = dict(
-        prelude=options.prelude,
-        recurrent=options.recurrent,
-        coda=options.coda,
-        rank=options.rank,
-        depth=options.depth,
-        modulation=options.modulation,
-        pool=options.pool,
-        gate=options.gate,
-        step_norm=options.step_norm,
-    )
+    settings = dict(loop_settings(options), gate=options.gate, step_norm=options.step_norm)
     if options.patch or options.train_coda != "none":
         model = Patched(qwen, seams=options.patch, train_coda=options.train_coda, **settings)
     else:
         model = Ouroboros(qwen, **settings)
     if not model.trained_parameters():
-        raise UserError("nothing is left to train: keep Controller, gate or step norm, or try --patch")
+        raise UserError(
+            "nothing is left to train; leave out one of --modulation none, --no-gate and --no-step-norm, or "
+            "add --patch"
+        )
     return model
-
-
-def hash_of_text(training: Batches) -> str:
-    """A hash of the first chunk of tokens, by which a resumed run recognises its text."""
-    return hashlib.sha256(training.chunk(0)).hexdigest()[:16]
 
 
 def check_same_text(options, training: Batches):
     """Raise UserError if the text is not the one with which a resumed run began."""
-    if options.text_hash != hash_of_text(training):
+    if options.text_hash != training.text_hash():
         raise UserError(
-            f"{options.data}: not the text any more with which {options.out} began; bring it back to go on"
+            f"{options.data}: not the text with which {options.out} began, or its tokenizer.json has "
+            "changed; bring it back, or give --data with where the text lies now"
         )
 
 
@@ -341,4 +344,6 @@ def save_checkpoint(model: Ouroboros, optimizer, options, step: int, bad_steps: 
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(
+        main, "try a smaller --batch-size, --seq-len, --depth or --model, or --activation-checkpointing"
+    )

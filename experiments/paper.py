@@ -43,7 +43,7 @@ from ouroboros import Ouroboros
 from patch import Patched
 from qwen import Qwen
 from sources import open_source
-from train import check_same_text, hash_of_text, train
+from train import check_same_text, train
 
 BASELINES = "baselines"  # the name under which the full and the cut model are evaluated
 
@@ -166,7 +166,7 @@ def train_and_measure(run: Run, study: Study):
         options.seed,
     )
     if is_new:
-        options.text_hash = hash_of_text(training)
+        options.text_hash = training.text_hash()
     else:
         check_same_text(options, training)
 

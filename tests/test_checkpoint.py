@@ -180,7 +180,7 @@ def test_a_base_is_recognised_when_its_files_are_spread_another_way(base, tmp_pa
 def test_a_model_whose_base_was_in_no_file_is_loaded_with_a_base_that_is_named(base, tmp_path):
     model = small_model()
     model.save(tmp_path / "run")
-    with pytest.raises(UserError, match="its pretrained model was not loaded from files; name the folder"):
+    with pytest.raises(UserError, match="was not loaded from files; give the folder .* --model FOLDER"):
         Ouroboros.load(tmp_path / "run")
     assert torch.equal(Ouroboros.load(tmp_path / "run", base=base)(tokens()), model(tokens()))
 
@@ -328,7 +328,28 @@ def test_a_model_that_other_code_saved_is_refused_with_the_tensor_that_is_missin
         tensors["gate.bias"] = tensors.pop("gate.linear.bias")
 
     change_saved_tensors(tmp_path / "run", another_name)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="was saved by other code: it has no gate.linear.bias"):
+        Ouroboros.load(tmp_path / "run")
+
+    def without_a_basis(tensors):
+        tensors["gate.linear.bias"] = tensors.pop("gate.bias")
+        del tensors["lora.v_proj.B"]
+
+    change_saved_tensors(tmp_path / "run", without_a_basis)
+    with pytest.raises(UserError, match="was saved by other code: it has no lora.v_proj.B"):
+        Ouroboros.load(tmp_path / "run")
+
+
+def test_a_part_that_this_code_does_not_have_is_not_dropped_without_a_word(base, tmp_path):
+    class Larger(Ouroboros):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            self.memory = torch.nn.Linear(2, 2)
+
+    model = Larger(Qwen.from_pretrained(base), rank=4)
+    Larger.__name__ = "Ouroboros"  # the class was changed, trained, and changed back
+    model.save(tmp_path / "run")
+    with pytest.raises(UserError, match="was saved by other code: it has memory.bias"):
         Ouroboros.load(tmp_path / "run")
 
 
@@ -343,6 +364,13 @@ def test_a_setting_or_a_file_of_other_code_is_named(base, tmp_path):
     for load in (Ouroboros.load, load_run):
         with pytest.raises(UserError, match="saved by other code: it holds no model"):
             load(tmp_path / "run")
+    about["model"].pop("num_layers")
+    write_checkpoint(tmp_path / "run", tensors, about)
+    with pytest.raises(UserError, match="saved by other code: it does not say its num_layers"):
+        load_run(tmp_path / "run")
+    save_file({"x": torch.zeros(1)}, tmp_path / "run" / "ouroboros.safetensors")
+    with pytest.raises(UserError, match="ouroboros.safetensors: was not saved by this program"):
+        load_run(tmp_path / "run")
 
 
 def test_a_mistake_in_changed_code_keeps_its_traceback(base, tmp_path, monkeypatch):

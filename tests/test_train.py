@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +31,13 @@ from helpers import (
 import train
 from checkpoint import read_checkpoint, step_folder
 from data import Batches
+from device import pick_dtype
+from evaluate import EVALUATION_SEED, evaluate
 from files import UserError, exit_on_user_error
+from hub import load_tokenizer
 from options import parse_options
-from report import print_skipped_steps, print_text
+from patch import load_run
+from report import print_skipped_steps, print_text, readable_time
 from sources import open_source
 
 # ---- A run -----------------------------------------------------------------------------------------------
@@ -61,6 +66,13 @@ def test_the_text_is_counted_before_training_and_a_small_one_is_warned_of(finish
         assert re.search(rf"{name}: [\d,]+ documents, [\d,]+ tokens, [\d,]+ sequences\n", before_training)
     assert re.search(r"warning: held-out text of \d+ sequences is too little", before_training)
     assert "warning: training text" not in before_training
+
+
+def test_a_short_training_is_announced_in_seconds(finished):
+    assert re.search(r"\n60 steps of 1 x 4 x 32 tokens, about [1-9]\d* s\n", finished.printed)
+    assert readable_time(99.4) == "99 s"
+    assert readable_time(150) == "2 min"
+    assert readable_time(3 * 3600) == "3.0 h"
 
 
 def test_it_is_said_where_an_evaluation_has_fewer_sequences_than_were_asked_for(tmp_path, capsys):
@@ -125,6 +137,27 @@ def test_an_evaluation_may_take_another_text_and_changes_nothing(finished, tmp_p
     other = write_text(tmp_path / "other.txt", 300)
     printed = succeed("train.py", "--eval", finished.out, "--data", other)
     assert table_of(printed) != table_of(finished.printed)
+    assert everything() == before
+
+
+def test_an_evaluation_may_take_another_depth_and_changes_nothing(finished):
+    def everything():
+        return {path: path.read_bytes() for path in finished.out.rglob("*") if path.is_file()}
+
+    before = everything()
+    printed = succeed("train.py", "--eval", finished.out, "--depth", 3)
+    assert f"the loop takes 3 steps here; {finished.out} was trained with 2" in printed
+    assert table_of(printed)[:3] == table_of(finished.printed)[:3]  # the full and the cut model have no loop
+    (row,) = (line for line in table_of(printed) if line.startswith("ouroboros, depth 3"))
+
+    options, _ = parse_options(["--eval", str(finished.out), "--depth", "3", "--device", "cpu"])
+    device = torch.device("cpu")
+    model = load_run(finished.out, dtype=pick_dtype("auto", device))
+    tokenizer = load_tokenizer(finished.pretrained)
+    source = open_source(options.data)
+    held_out = Batches(source, "val", tokenizer, options.seq_len, seed=EVALUATION_SEED)
+    loss = evaluate(partial(model.loss, depth=3), held_out, options.eval_sequences, 4, device)
+    assert row.split()[-1] == f"{loss:.3f}"
     assert everything() == before
 
 
@@ -425,6 +458,28 @@ def test_help_on_a_saved_run_names_its_own_options(finished, capsys, monkeypatch
 def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     text = write_text(tmp_path / "text.txt", 400)
     assert_main_refuses(["--data", str(text), *arguments], message, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--depth", 65], "depth 65: give a whole number from 1 to 64"),
+        (["--rank", 5000], "rank 5000 does not fit this model: its smallest projection allows 1 to 16"),
+        (["--rank", 17, "--patch", "--modulation", "static"], "allows 1 to 16"),
+        (["--prelude", 5], "is not a cut of 6 layers"),
+        (["--seq-len", 100_000], "the training text is too short"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused_before_the_weights_are_read(
+    arguments, message, pretrained, empty_cache, tmp_path
+):
+    (pretrained / "model.safetensors").unlink()
+    command = [*quick_run(pretrained, 2), "--out", tmp_path / "run"]
+    assert_refused_at_once(run(*command, *arguments), message)
+    if arguments[0] != "--seq-len":
+        assert not empty_cache.exists()  # nor is anything tokenized
+    assert_refused(run(*command), "model.safetensors: no such file")
 
 
 @pytest.mark.parametrize(
