@@ -16,10 +16,9 @@ from safetensors.torch import save_file
 
 from files import UserError, explaining, replace_file
 from hub import is_hub_name, locate
+from run_folder import FILE_NAME, STEP_FOLDER, holds_checkpoint, no_such_run, step_folder
 
-FILE_NAME = "ouroboros.safetensors"
 FORMAT = 3  # changes when the names in a checkpoint change
-STEP_FOLDER = "step-" + 7 * "[0-9]"  # a pattern for glob
 
 
 def checksum(tensors: dict, about: str) -> str:
@@ -64,12 +63,6 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
     return read_one_checkpoint(candidates[-1] / FILE_NAME)
 
 
-def holds_checkpoint(folder: Path) -> bool:
-    """Whether a folder is one of a checkpoint or of a run."""
-    is_step = folder.match(STEP_FOLDER) and folder.is_dir()
-    return is_step or (folder / FILE_NAME).exists() or any(folder.glob(STEP_FOLDER))
-
-
 def is_on_hub(folder) -> bool:
     """Whether a name can only mean a Hub repository.
 
@@ -77,21 +70,6 @@ def is_on_hub(folder) -> bool:
     """
     path = Path(folder)
     return is_hub_name(str(folder)) and not path.parent.exists() and str(path.parent) not in ("runs", "..")
-
-
-def no_such_run(folder) -> UserError:
-    """The error for a folder without a checkpoint. It lists the runs in the folder or beside it."""
-    folder = Path(folder)
-    place = folder if folder.is_dir() else folder.parent
-    runs = []
-    if place.is_dir():
-        for path in sorted(place.iterdir()):
-            if holds_checkpoint(path):
-                runs.append(path.name)
-    if not runs:
-        return UserError(f"{folder}: no such run, and none in {place}; give a folder that train.py wrote")
-    shown = ", ".join(runs[:20]) + (" ..." if len(runs) > 20 else "")
-    return UserError(f"{folder}: no such run; the runs in {place} are: {shown}")
 
 
 def read_one_checkpoint(path: Path) -> tuple[dict, dict]:
@@ -117,11 +95,6 @@ def read_one_checkpoint(path: Path) -> tuple[dict, dict]:
     if about.get("format") != FORMAT:
         raise UserError(f"{path}: was saved by another version of this program; open it with that version")
     return tensors, about
-
-
-def step_folder(run: Path, step: int) -> Path:
-    """The folder of a run's checkpoint after so many steps."""
-    return run / f"step-{step:07}"
 
 
 def prune_checkpoints(run: Path, newest: int, first_bad_step: int | None = None):

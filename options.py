@@ -8,13 +8,14 @@ import os
 import sys
 from pathlib import Path
 
-from checkpoint import STEP_FOLDER, holds_checkpoint, no_such_run, read_checkpoint
+from checkpoint import read_checkpoint
 from device import pick_device
 from evaluate import EVALUATION_SEED
 from files import UserError
 from hub import BUILT_IN
 from ouroboros import POOLS
-from run_folder import claim, run_name
+from processes import RANK
+from run_folder import STEP_FOLDER, claim, holds_checkpoint, no_such_run, run_name
 from sources import BUILT_IN_SOURCES
 
 # Defaults by model and device. "cuda" is the paper's recipe at 1,000 of its 18,750 steps.
@@ -349,7 +350,7 @@ def resumed_run_options(arguments: list[str], given):
     if not holds_checkpoint(folder):  # a run of the Hub has no folder in which it could go on
         raise no_such_run(folder)
     run = folder.parent if folder.match(STEP_FOLDER) else folder  # RUN/step-0000100 is a checkpoint of RUN
-    if given.resume:
+    if given.resume and RANK == 0:
         claim(run)
     checkpoint = read_checkpoint(folder)
     _, about = checkpoint

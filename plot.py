@@ -5,9 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from checkpoint import holds_checkpoint, no_such_run
 from files import UserError, exit_on_user_error, read_json, replace_file
-from run_folder import read_log
+from run_folder import holds_checkpoint, no_such_run, read_log
 
 
 def plot_losses(run: Path):

@@ -1,4 +1,4 @@
-"""A run's folder: its name, the claim that lets only one program write in it, and its log."""
+"""A run's folder: its name, its checkpoints, the claim that lets only one program write in it, its log."""
 
 import atexit
 import json
@@ -9,13 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from files import WRITE_ERRORS, UserError, explaining, replace_file
-from processes import RANK
 
 if sys.platform != "win32":
     import fcntl
 
 RUNS = Path("runs")
 LOG = "log.jsonl"
+STEP_FOLDER = "step-" + 7 * "[0-9]"  # a pattern for glob
+FILE_NAME = "ouroboros.safetensors"  # in the folder of a checkpoint
 
 # ---- The name --------------------------------------------------------------------------------------------
 
@@ -56,6 +57,35 @@ def run_name(options: dict, defaults: dict) -> str:
     return re.sub(r"[^\w.+-]+", "_", name)[:120]  # a file system takes 255 bytes
 
 
+# ---- Its checkpoints -------------------------------------------------------------------------------------
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """The folder of a run's checkpoint after so many steps."""
+    return run / f"step-{step:07}"
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one of a checkpoint or of a run."""
+    is_step = folder.match(STEP_FOLDER) and folder.is_dir()
+    return is_step or (folder / FILE_NAME).exists() or any(folder.glob(STEP_FOLDER))
+
+
+def no_such_run(folder) -> UserError:
+    """The error for a folder without a checkpoint. It lists the runs in the folder or beside it."""
+    folder = Path(folder)
+    place = folder if folder.is_dir() else folder.parent
+    runs = []
+    if place.is_dir():
+        for path in sorted(place.iterdir()):
+            if holds_checkpoint(path):
+                runs.append(path.name)
+    if not runs:
+        return UserError(f"{folder}: no such run, and none in {place}; give a folder that train.py wrote")
+    shown = ", ".join(runs[:20]) + (" ..." if len(runs) > 20 else "")
+    return UserError(f"{folder}: no such run; the runs in {place} are: {shown}")
+
+
 # ---- The claim -------------------------------------------------------------------------------------------
 
 claims = {}  # folder -> file descriptor, of what this program holds; the system ends a claim with the program
@@ -67,8 +97,6 @@ def claim_new_folder(out: Path | None, name: str) -> Path:
     out: the folder to take; None for the first of runs/NAME, runs/NAME-2, runs/NAME-3 and so on that is
     free. Raises UserError if `out` holds files, is in use or cannot be made.
     """
-    if RANK > 0:
-        return out or RUNS / name  # only the first process writes
     if out is not None:
         folder = out
         make_folder(folder)
@@ -110,7 +138,7 @@ def make_folder(folder: Path):
 
 def claim(folder: Path):
     """Hold a folder for this program alone until it ends. Raises UserError if another program holds it."""
-    if RANK == 0 and folder not in claims and not try_to_claim(folder):
+    if folder not in claims and not try_to_claim(folder):
         raise UserError(
             f"{folder}: another program is training in it; wait until it ends, or choose another --out"
         )

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import FILE_NAME, STEP_FOLDER, read_checkpoint, write_checkpoint
+from checkpoint import read_checkpoint, write_checkpoint
 from files import UserError
 from hub import check_same_model, fingerprint
 from qwen import PROJECTIONS, Qwen
+from run_folder import FILE_NAME, STEP_FOLDER
 
 
 def save_model(model, folder, more_tensors: dict | None = None, **about):

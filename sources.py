@@ -16,11 +16,11 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from checkpoint import STEP_FOLDER
 from documents import SUFFIXES, kind_of, read_documents
 from files import UserError, explaining
 from hub import load_tokenizer, locate
 from processes import RANK
+from run_folder import STEP_FOLDER
 
 CHUNK_CHARACTERS = 8_000_000  # of text in a chunk, about two million tokens
 FINEWEB = "kjj0/finewebedu10B-gpt2"  # a data set of the Hub

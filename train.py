@@ -28,7 +28,6 @@ from checkpoint import (
     optimizer_tensors,
     prune_checkpoints,
     restore_optimizer,
-    step_folder,
 )
 from data import Batches
 from device import pick_device, pick_dtype
@@ -64,6 +63,7 @@ from run_folder import (
     cut_log,
     is_bad,
     read_log,
+    step_folder,
     write_json,
 )
 from sources import open_source
@@ -78,7 +78,8 @@ def main():
     config = Config.from_pretrained(options.model)
     if checkpoint is None:
         checked_arguments(config, **loop_settings(options))  # before the weights are fetched and read
-        options.out = claim_new_folder(options.out, options.name)
+        if RANK == 0:  # only the first process writes
+            options.out = claim_new_folder(options.out, options.name)
     keep_freed_memory()
     join_processes(device, options.batch_size * options.accumulation)  # those that torchrun started
     torch.manual_seed(options.seed)

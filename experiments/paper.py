@@ -29,7 +29,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import FILE_NAME, STEP_FOLDER
 from data import Batches
 from device import pick_device, pick_dtype
 from evaluate import EVALUATION_SEED, evaluate_columns
@@ -42,6 +41,7 @@ from options import parse_options
 from ouroboros import Ouroboros
 from patch import Patched
 from qwen import Qwen
+from run_folder import FILE_NAME, STEP_FOLDER
 from sources import open_source
 from train import check_same_text, train
 

@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import FILE_NAME, STEP_FOLDER, read_checkpoint
+from checkpoint import read_checkpoint
 from experiments.damages import (
     WHOLE_CACHE,
     WHOLE_RUN,
@@ -39,6 +39,7 @@ from experiments.damages import (
     write_inputs,
 )
 from files import UserError, cache_folder, exit_on_user_error
+from run_folder import FILE_NAME, STEP_FOLDER
 
 RUN = ["train.py", "--steps", "40", "--eval-every", "20", "--eval-sequences", "4"]
 ALONE = "alone"  # the folder of the run with which the others are compared

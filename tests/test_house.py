@@ -13,6 +13,7 @@ ORDER = [
     "threads",
     "output",
     "files",
+    "run_folder",
     "device",
     "hub",
     "checkpoint",
@@ -22,7 +23,6 @@ ORDER = [
     "ouroboros",
     "patch",
     "processes",
-    "run_folder",
     "documents",
     "sources",
     "data",
@@ -83,6 +83,10 @@ def modules_after(statement: str) -> dict[str, str]:
 def test_how_threads_wait_is_set_before_torch_reads_it(program):
     modules = list(modules_after(f"import {program}"))
     assert modules.index("threads") < modules.index("torch")
+
+
+def test_a_picture_is_drawn_without_torch():
+    assert "torch" not in modules_after("import plot")  # which every run waits for at its end
 
 
 def test_importing_the_programs_brings_no_experiments_matplotlib_or_transformers():

@@ -282,6 +282,7 @@ def test_a_run_goes_on_with_a_text_that_was_moved_and_keeps_its_new_place(pretra
         with pytest.raises(UserError, match=message):
             parse_options([option, str(out)])
     other = write_text(tmp_path / "other.txt", 399)
+    release_claims()
     refused = run(*resume, "--data", other)
     assert_refused(refused, f"{other}: not the text with which {out} began")
     assert read_checkpoint(out)[1]["step"] == step  # refused before any training
