@@ -27,10 +27,17 @@ def kind_of(path: Path) -> str | None:
 
     A link counts by its own name, and otherwise by the name of the file that it leads to.
     """
-    for name in (path.name, os.path.basename(os.path.realpath(path))):
-        for suffix in SUFFIXES:
-            if name.lower().endswith(suffix):
-                return suffix
+    kind = suffix_of(path.name)
+    if kind is None and path.is_symlink():
+        kind = suffix_of(os.path.basename(os.path.realpath(path)))
+    return kind
+
+
+def suffix_of(name: str) -> str | None:
+    """Which of SUFFIXES the name of a file has; None if it has none of them."""
+    for suffix in SUFFIXES:
+        if name.lower().endswith(suffix):
+            return suffix
     return None
 
 

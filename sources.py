@@ -127,11 +127,12 @@ class TextSource:
                 f"{len(self.files)} files"
             )
 
+        held_out = set(self.held_out_files)
         self.key = [self.SPLIT_RULE]
         self.states = {file: state_of(file) for file in self.files}
         hashes = hash_files(self.files)
         for file in self.files:
-            self.key.append([kind_of(file), file in self.held_out_files, hashes[file]])
+            self.key.append([kind_of(file), file in held_out, hashes[file]])
 
     def chunks(self, split: str):
         # The held-out text is spread over twenty times as much. A smaller chunk of it is found sooner.
@@ -142,7 +143,10 @@ class TextSource:
         """The documents of one split, or parts of them, blank ones left out."""
         want_held_out = split == "val"
         if self.held_out_files:
-            files = [file for file in self.files if (file in self.held_out_files) == want_held_out]
+            files = self.held_out_files
+            if not want_held_out:
+                held_out = set(self.held_out_files)
+                files = [file for file in self.files if file not in held_out]
             pieces = in_pieces(self._documents(files), LARGEST_CYCLE)
         else:
             cycle = cycle_for(self._documents(self.files))
@@ -213,7 +217,7 @@ class FolderSearch:
         self.folder = folder
         self.files = []
         self.skipped = []  # "name (reason)"
-        self.seen = set()  # real paths
+        self.seen = set()  # the identity of each file and folder that was reached
         self._search(folder)
 
     def notes(self) -> list[str]:
@@ -222,20 +226,20 @@ class FolderSearch:
         return [f"skipped: {short_list(self.skipped)}"]
 
     def _search(self, folder: Path):
-        self.seen.add(folder.resolve())
+        self.seen.add(identity(folder))
         for path in sorted(folder.iterdir()):
             reason = self._reason_to_skip(path)
             if reason:
                 self.skipped.append(f"{path.relative_to(self.folder)} ({reason})")
-            elif path.is_dir() and not path.name.startswith(".") and path.resolve() not in self.seen:
+            elif path.is_dir() and not path.name.startswith(".") and identity(path) not in self.seen:
                 files_before = len(self.files)
                 self._search(path)
                 if kind_of(path) and len(self.files) == files_before:
                     self.skipped.append(f"{path.relative_to(self.folder)} (a folder without text)")
             elif path.is_file() and kind_of(path) and path.stat().st_size > 0:
-                if path.resolve() not in self.seen:
+                if identity(path) not in self.seen:
                     self.files.append(path)
-                self.seen.add(path.resolve())
+                self.seen.add(identity(path))
 
     def _reason_to_skip(self, path: Path) -> str | None:
         """Why a text file or a folder is left out; None for all else."""
@@ -254,6 +258,12 @@ class FolderSearch:
         if path.name == "log.jsonl" and is_run(path.parent):
             return "the log of a run"
         return None
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """What is the same for two paths that lead to one file or folder."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def is_run(folder: Path) -> bool:
