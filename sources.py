@@ -9,6 +9,7 @@ documents never changes.
 import hashlib
 import json
 import re
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -128,11 +129,12 @@ class TextSource:
             )
 
         held_out = set(self.held_out_files)
-        self.key = [self.SPLIT_RULE]
+        content = hashlib.sha256()
         self.states = {file: state_of(file) for file in self.files}
         hashes = hash_files(self.files)
         for file in self.files:
-            self.key.append([kind_of(file), file in held_out, hashes[file]])
+            content.update(f"{kind_of(file)} {file in held_out} {hashes[file]}\n".encode())
+        self.key = [self.SPLIT_RULE, content.hexdigest()]
 
     def chunks(self, split: str):
         # The held-out text is spread over twenty times as much. A smaller chunk of it is found sooner.
@@ -217,7 +219,7 @@ class FolderSearch:
         self.folder = folder
         self.files = []
         self.skipped = []  # "name (reason)"
-        self.seen = set()  # the identity of each file and folder that was reached
+        self.seen = set()  # (device, inode) of each file and folder that was reached
         self._search(folder)
 
     def notes(self) -> list[str]:
@@ -226,44 +228,48 @@ class FolderSearch:
         return [f"skipped: {short_list(self.skipped)}"]
 
     def _search(self, folder: Path):
-        self.seen.add(identity(folder))
-        for path in sorted(folder.iterdir()):
-            reason = self._reason_to_skip(path)
+        self._is_new(folder.stat())
+        for path in sorted(folder.iterdir(), key=lambda path: path.name):
+            status = (
+                path.stat() if path.exists() else None
+            )  # once: a folder may have a hundred thousand files
+            is_folder = status is not None and stat.S_ISDIR(status.st_mode)
+            if is_folder and path.name.startswith("."):
+                continue
+            reason = what_left_it(path) if is_folder else self._reason_to_skip(path, status)
             if reason:
                 self.skipped.append(f"{path.relative_to(self.folder)} ({reason})")
-            elif path.is_dir() and not path.name.startswith(".") and identity(path) not in self.seen:
+            elif is_folder and self._is_new(status):
                 files_before = len(self.files)
                 self._search(path)
                 if kind_of(path) and len(self.files) == files_before:
                     self.skipped.append(f"{path.relative_to(self.folder)} (a folder without text)")
-            elif path.is_file() and kind_of(path) and path.stat().st_size > 0:
-                if identity(path) not in self.seen:
-                    self.files.append(path)
-                self.seen.add(identity(path))
+            elif not is_folder and kind_of(path) and status.st_size > 0 and self._is_new(status):
+                self.files.append(path)
 
-    def _reason_to_skip(self, path: Path) -> str | None:
-        """Why a text file or a folder is left out; None for all else."""
-        if path.is_dir() and not path.name.startswith("."):
-            return what_left_it(path)
+    def _is_new(self, status) -> bool:
+        """Whether a file or folder is reached for the first time."""
+        identity = (status.st_dev, status.st_ino)
+        if identity in self.seen:
+            return False
+        self.seen.add(identity)
+        return True
+
+    def _reason_to_skip(self, path: Path, status) -> str | None:
+        """Why a text file is left out; None for all else. status: None for a link to nothing."""
         if kind_of(path) is None:
             return None
         if path.name.startswith("."):
             return "hidden"
         if ".part" in path.suffixes:
             return "not finished"
-        if not path.exists():
+        if status is None:
             return "a link to a file that is not there"
-        if not path.is_file():
+        if not stat.S_ISREG(status.st_mode):
             return "not a file"
         if path.name == "log.jsonl" and is_run(path.parent):
             return "the log of a run"
         return None
-
-
-def identity(path: Path) -> tuple[int, int]:
-    """What is the same for two paths that lead to one file or folder."""
-    status = path.stat()
-    return status.st_dev, status.st_ino
 
 
 def is_run(folder: Path) -> bool:
