@@ -5,6 +5,16 @@ import torch
 from helpers import make_pretrained, release_claims
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run the whole suite in two processes, if pytest-xdist is installed. `-n 0` runs it in one."""
+    is_worker = hasattr(config, "workerinput")
+    is_whole_suite = config.args_source == config.ArgsSource.TESTPATHS
+    if is_whole_suite and not is_worker and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses = 2
+        config.option.dist = "worksteal"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """The cache of the tests and of the programs that they start."""
