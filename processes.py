@@ -46,6 +46,15 @@ def join_processes(device: torch.device, sequences_per_step: int):
         )
 
 
+def leave_processes():
+    """Disconnect from the other processes.
+
+    Otherwise a thread of the connection may still run when Python ends, and the process is aborted.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def share_of(sequences_per_step: int) -> range:
     """The numbers of the sequences of a step that this process takes."""
     first = sequences_per_step * RANK // WORLD_SIZE

@@ -43,6 +43,7 @@ from processes import (
     StopSignals,
     broadcast_from_first,
     join_processes,
+    leave_processes,
     share_of,
     sum_over_processes,
 )
@@ -137,6 +138,7 @@ def main():
         announce_time(model, batch, options, first_step)
 
         stopped_by = train(model, training, columns["held-out"], options, device, checkpoint)
+        leave_processes()
         if stopped_by:
             print(f"stopped, and saved. To continue: python train.py --resume {options.out}")
             print(f"To see how good it is so far: python train.py --eval {options.out}")
@@ -144,6 +146,7 @@ def main():
         print(f"trained, and saved in {options.out}", flush=True)
 
     # ---- Results -------------------------------------------------------------------------------------------
+    leave_processes()  # here too, for --eval
     if RANK > 0:
         return
     loss_of = partial(model.loss, depth=options.depth)  # --eval may ask for another depth than the model's
