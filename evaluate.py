@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from data import Batches
-from files import UserError, cache_folder, explaining, read_json, replace_file
+from files import UserError, cache_folder, explaining, read_json, write_json
 from ouroboros import Ouroboros
 from processes import RANK
 from qwen import Qwen
@@ -93,7 +93,7 @@ def evaluate_baselines(
             "full": evaluate_columns(qwen.loss, columns, args, device, "the full model"),
             "cut": evaluate_columns(model.cut.loss, columns, args, device, "the cut model"),
         }
-        replace_file(path, lambda part: part.write_text(json.dumps(losses, allow_nan=False)))
+        write_json(path, losses)
 
     with explaining(path, "read as losses", "delete it, it is then made anew"):
         losses = read_json(path)

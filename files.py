@@ -79,6 +79,12 @@ def replace_file(path: Path, write):
             part.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: dict, indent: int | None = 2):
+    """Replace a file by this JSON object. Raises ValueError for a number that JSON does not have."""
+    text = json.dumps(content, indent=indent, allow_nan=False) + "\n"
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def cache_folder() -> Path:
     """The folder for what can be made again: tokens and the losses of the baselines."""
     parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

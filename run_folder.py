@@ -132,7 +132,7 @@ def remove_if_empty(folder: Path):
 
 def make_folder(folder: Path):
     """Make a folder and its parents, if they are not there."""
-    with explaining(folder, "made", "choose another --out"):
+    with explaining(folder, "made", "choose another --out", WRITE_ERRORS):
         folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -205,9 +205,3 @@ def append_row(run: Path, row: dict):
 def is_bad(row: dict) -> bool:
     """Whether the loss of a step, or the held-out loss after it, was not finite. The log has null for it."""
     return row["loss"] is None or row.get("held_out", 0.0) is None
-
-
-def write_json(path: Path, content: dict):
-    """Replace a file by this JSON object. Raises ValueError for a number that JSON does not have."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))

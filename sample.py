@@ -59,8 +59,8 @@ def main():
 
     ids = torch.tensor([ids], device=device)
     with torch.no_grad():
-        logits = model(ids, depth=options.depth)
-    if not logits.isfinite().all():
+        h = model.hidden(ids, depth=options.depth)  # not the logits, which need V / d times the memory
+    if not h.isfinite().all():
         raise UserError(f"{options.run}: its logits are not finite; give an earlier checkpoint, RUN/step-N")
     out = model.generate(ids, options.max_new_tokens, options.temperature, depth=options.depth)
     print(tokenizer.decode(out[0].tolist(), skip_special_tokens=False))  # the end of the text is shown

@@ -121,14 +121,14 @@ class TextSource:
             self.held_out_files = [file for file in self.files if is_named_held_out(file.relative_to(path))]
         if len(self.held_out_files) == len(self.files):
             self.held_out_files = []
+        held_out = set(self.held_out_files)
+        self.training_files = [file for file in self.files if file not in held_out]
         if self.held_out_files:
-            training = len(self.files) - len(self.held_out_files)
             self.notes.append(
-                f"held out: {short_list(self.held_out_files)}; for training: the other {training} of "
-                f"{len(self.files)} files"
+                f"held out: {short_list(self.held_out_files)}; for training: the other "
+                f"{len(self.training_files)} of {len(self.files)} files"
             )
 
-        held_out = set(self.held_out_files)
         content = hashlib.sha256()
         self.states = {file: state_of(file) for file in self.files}
         hashes = hash_files(self.files)
@@ -145,10 +145,7 @@ class TextSource:
         """The documents of one split, or parts of them, blank ones left out."""
         want_held_out = split == "val"
         if self.held_out_files:
-            files = self.held_out_files
-            if not want_held_out:
-                held_out = set(self.held_out_files)
-                files = [file for file in self.files if file not in held_out]
+            files = self.held_out_files if want_held_out else self.training_files
             pieces = in_pieces(self._documents(files), LARGEST_CYCLE)
         else:
             cycle = cycle_for(self._documents(self.files))
@@ -230,9 +227,8 @@ class FolderSearch:
     def _search(self, folder: Path):
         self._is_new(folder.stat())
         for path in sorted(folder.iterdir(), key=lambda path: path.name):
-            status = (
-                path.stat() if path.exists() else None
-            )  # once: a folder may have a hundred thousand files
+            # once for each path, because a folder may have a hundred thousand
+            status = path.stat() if path.exists() else None
             is_folder = status is not None and stat.S_ISDIR(status.st_mode)
             if is_folder and path.name.startswith("."):
                 continue

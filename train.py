@@ -23,17 +23,12 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from checkpoint import (
-    newest_good_checkpoint,
-    optimizer_tensors,
-    prune_checkpoints,
-    restore_optimizer,
-)
+from checkpoint import newest_good_checkpoint, optimizer_tensors, prune_checkpoints, restore_optimizer
 from data import Batches
 from device import pick_device, pick_dtype
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns
 from fast import keep_freed_memory, recompute_activations, try_to_compile
-from files import UserError, exit_on_user_error
+from files import UserError, exit_on_user_error, write_json
 from hub import load_tokenizer
 from options import parse_options
 from ouroboros import Ouroboros, checked_arguments
@@ -58,15 +53,7 @@ from report import (
     print_skipped_steps,
     print_text,
 )
-from run_folder import (
-    append_row,
-    claim_new_folder,
-    cut_log,
-    is_bad,
-    read_log,
-    step_folder,
-    write_json,
-)
+from run_folder import append_row, claim_new_folder, cut_log, is_bad, read_log, step_folder
 from sources import open_source
 
 
@@ -223,7 +210,6 @@ def train(model, batches, held_out, options, device, checkpoint=None) -> int:
             seconds = time.perf_counter() - started
             row["tokens_per_s"] = round(sequences * options.seq_len / seconds)
             is_last = step + 1 == options.steps
-            held_out_loss = 0.0
             if RANK == 0:
                 if (step + 1) % options.eval_every == 0 or is_last:
                     held_out_loss = evaluate(
@@ -244,7 +230,7 @@ def train(model, batches, held_out, options, device, checkpoint=None) -> int:
             # ---- Go on, or stop
             if skipped == 10:
                 raise diverged("ten steps in a row had no finite loss and gradient", options, bad_steps)
-            if not math.isfinite(held_out_loss):
+            if "held_out" in row and row["held_out"] is None:
                 raise diverged(f"after step {step + 1} the held-out loss is not finite", options, bad_steps)
             if stop:
                 return signals.received[-1] if signals.received else signal.SIGTERM

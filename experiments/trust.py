@@ -9,11 +9,10 @@ the other as if it were alone.
 
 Damaged inputs are given to the programs. Each must end with exit code 2 and one line that names the input.
 
-All of it takes about twenty minutes on two cores. The exit code is 1 if anything was otherwise.
+The exit code is 1 if anything was otherwise.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -39,7 +38,7 @@ from experiments.damages import (
     write_inputs,
 )
 from files import UserError, cache_folder, exit_on_user_error
-from run_folder import FILE_NAME, STEP_FOLDER
+from run_folder import FILE_NAME, STEP_FOLDER, read_log
 
 RUN = ["train.py", "--steps", "40", "--eval-every", "20", "--eval-sequences", "4"]
 ALONE = "alone"  # the folder of the run with which the others are compared
@@ -138,8 +137,7 @@ def ends_are_equal(run: Path, other: Path) -> bool:
 def logged_losses(run: Path) -> list[dict]:
     """The rows of log.jsonl without the rates and the times."""
     rows = []
-    for line in (run / "log.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_log(run):
         rows.append({key: row.get(key) for key in ("step", "loss", "grad_norm", "held_out")})
     return rows
 

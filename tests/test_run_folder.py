@@ -5,9 +5,9 @@ import json
 import pytest
 from helpers import assert_refused_at_once, assert_same_end, quick_run, run, start, succeed, wait_for_rows
 
-from files import UserError
+from files import UserError, write_json
 from options import parse_options
-from run_folder import append_row, claim_new_folder, read_log, write_json
+from run_folder import append_row, claim_new_folder, read_log
 
 # ---- The name --------------------------------------------------------------------------------------------
 
