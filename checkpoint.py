@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file each, written whole or not at all, verified when read.
 
 A file holds tensors and `about`, a JSON object. Its header stores the SHA-256 of both. A run's folder
-holds one folder per checkpoint, step-0000100 for example; the newest two are kept.
+holds one folder per checkpoint, step-0000100 for example; see prune_checkpoints for which are kept.
 """
 
 import hashlib
@@ -16,10 +16,9 @@ from safetensors.torch import save_file
 
 from files import UserError, explaining, replace_file
 from hub import is_hub_name, locate
+from run_folder import FILE_NAME, STEP_FOLDER, holds_checkpoint, no_such_run, step_folder
 
-FILE_NAME = "ouroboros.safetensors"
 FORMAT = 3  # changes when the names in a checkpoint change
-STEP_FOLDER = "step-" + 7 * "[0-9]"  # a pattern for glob
 
 
 def checksum(tensors: dict, about: str) -> str:
@@ -64,12 +63,6 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
     return read_one_checkpoint(candidates[-1] / FILE_NAME)
 
 
-def holds_checkpoint(folder: Path) -> bool:
-    """Whether a folder is one of a checkpoint or of a run."""
-    is_step = folder.match(STEP_FOLDER) and folder.is_dir()
-    return is_step or (folder / FILE_NAME).exists() or any(folder.glob(STEP_FOLDER))
-
-
 def is_on_hub(folder) -> bool:
     """Whether a name can only mean a Hub repository.
 
@@ -79,55 +72,56 @@ def is_on_hub(folder) -> bool:
     return is_hub_name(str(folder)) and not path.parent.exists() and str(path.parent) not in ("runs", "..")
 
 
-def no_such_run(folder) -> UserError:
-    """The error for a folder without a checkpoint. It lists the runs in the folder or beside it."""
-    folder = Path(folder)
-    place = folder if folder.is_dir() else folder.parent
-    runs = []
-    if place.is_dir():
-        for path in sorted(place.iterdir()):
-            if holds_checkpoint(path):
-                runs.append(path.name)
-    if not runs:
-        return UserError(f"{folder}: no such run, and none in {place}; give a folder that train.py wrote")
-    shown = ", ".join(runs[:20]) + (" ..." if len(runs) > 20 else "")
-    return UserError(f"{folder}: no such run; the runs in {place} are: {shown}")
-
-
 def read_one_checkpoint(path: Path) -> tuple[dict, dict]:
     """The (tensors, about) of one file. Raises UserError if it is damaged or of another format."""
     with (
         explaining(path, "read as a whole checkpoint", "bring back a copy"),
         safe_open(path, "pt") as file,
     ):
-        metadata = file.metadata()
+        metadata = file.metadata() or {}
         tensors = {}
         for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
             tensors[name] = file.get_tensor(name).clone()  # get_tensor maps the file, which may be replaced
-        if checksum(tensors, metadata["about"]) != metadata["sha256"]:
-            raise ValueError("its checksum does not fit")
-        about = json.loads(metadata["about"])
 
+    if "about" not in metadata or "sha256" not in metadata:
+        raise UserError(
+            f"{path}: was not saved by this program, or is damaged; give a folder of train.py or save()"
+        )
+    if checksum(tensors, metadata["about"]) != metadata["sha256"]:
+        raise UserError(
+            f"{path}: cannot be read as a whole checkpoint (its checksum does not fit); bring back a copy"
+        )
+    about = json.loads(metadata["about"])
     if about.get("format") != FORMAT:
         raise UserError(f"{path}: was saved by another version of this program; open it with that version")
     return tensors, about
 
 
-def step_folder(run: Path, step: int) -> Path:
-    """The folder of a run's checkpoint after so many steps."""
-    return run / f"step-{step:07}"
-
-
-def prune_checkpoints(run: Path, newest: int):
+def prune_checkpoints(run: Path, newest: int, first_bad_step: int | None = None):
     """Keep the checkpoint of step `newest` and the one before it; remove all others of the run.
 
-    Checkpoints of later steps are left from before the run was resumed at an earlier one.
+    Where a step had no finite loss, the newest good checkpoint is kept too. first_bad_step: the number of
+    the first such step, if there was one. Checkpoints of later steps than `newest` are left from before
+    the run was resumed at an earlier one.
     """
     folders = sorted(run.glob(STEP_FOLDER))
     up_to_newest = [folder for folder in folders if folder <= step_folder(run, newest)]
+    kept = up_to_newest[-2:]
+    if first_bad_step is not None:
+        kept.append(newest_good_checkpoint(run, first_bad_step))
     for folder in folders:
-        if folder not in up_to_newest[-2:]:
+        if folder not in kept:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def newest_good_checkpoint(run: Path, first_bad_step: int) -> Path | None:
+    """The newest checkpoint with a good step after it: one before `first_bad_step`. None if there is none."""
+    good = None
+    for folder in sorted(run.glob(STEP_FOLDER)):
+        next_step = 1 + int(folder.name.removeprefix("step-"))
+        if next_step < first_bad_step:
+            good = folder
+    return good
 
 
 # ---- The optimizer ---------------------------------------------------------------------------------------

@@ -49,7 +49,10 @@ class Tokens:
         self.split = split
         self.end_token = tokenizer.token_to_id(END_OF_TEXT)
         if self.end_token is None:
-            raise UserError(f"the tokenizer has no {END_OF_TEXT} token; use the model's own tokenizer.json")
+            raise UserError(
+                f"the tokenizer.json of this model has no {END_OF_TEXT} token, which ends a document; give "
+                "--model another model, such as one of Qwen2.5"
+            )
         self.largest_token = max(tokenizer.get_vocab().values())
         self.dtype = np.uint16 if self.largest_token < 2**16 else np.uint32
 
@@ -67,6 +70,10 @@ class Tokens:
         while i >= len(self.chunks) and not self.complete:
             self._load_next_chunk()
         return self.chunks[i] if i < len(self.chunks) else None
+
+    def text_hash(self) -> str:
+        """A hash of the first chunk of tokens, by which a resumed run recognises its text."""
+        return hashlib.sha256(self.chunk(0)).hexdigest()[:16]
 
     def _path(self, i: int):
         return self.folder / f"{i:05d}.npy"

@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 SEPARATOR = "<|endoftext|>"  # a line of its own between two documents of a .txt
 PART = 500_000  # characters
 BYTE_ORDER_MARK = "\ufeff"
+TEXT_ERRORS = (OSError, EOFError, ValueError, zlib.error)  # what a damaged text can raise while it is read
 
 
 def kind_of(path: Path) -> str | None:
@@ -25,10 +27,17 @@ def kind_of(path: Path) -> str | None:
 
     A link counts by its own name, and otherwise by the name of the file that it leads to.
     """
-    for name in (path.name, os.path.basename(os.path.realpath(path))):
-        for suffix in SUFFIXES:
-            if name.lower().endswith(suffix):
-                return suffix
+    kind = suffix_of(path.name)
+    if kind is None and path.is_symlink():
+        kind = suffix_of(os.path.basename(os.path.realpath(path)))
+    return kind
+
+
+def suffix_of(name: str) -> str | None:
+    """Which of SUFFIXES the name of a file has; None if it has none of them."""
+    for suffix in SUFFIXES:
+        if name.lower().endswith(suffix):
+            return suffix
     return None
 
 
@@ -47,7 +56,7 @@ def read_documents(path: Path):
 def explaining_text(path: Path, open_file):
     """Turn what reading a text raises into a UserError of one line that says where the text is wrong."""
     action = 'read as text: a .txt is UTF-8, a line of a .jsonl is {"text": "..."}'
-    with explaining(path, action, "mend the file, or leave it out of --data"):
+    with explaining(path, action, "mend the file, or leave it out of --data", TEXT_ERRORS):
         try:
             yield
         except UnicodeDecodeError as error:

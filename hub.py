@@ -12,13 +12,23 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from files import UserError, explaining, read_json
 
 BUILT_IN = {"tiny": Path(__file__).resolve().parent / "tiny"}  # models that come with this repository
+
+# What the Hub's client can raise, after tries of its own: the errors of its HTTP library, which are a base
+# class of HfHubHTTPError, OSError of sockets and of the disk, RuntimeError of hf_xet, ValueError for a name
+# that the Hub does not allow. All else is a bug.
+HUB_ERRORS = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError)
 
 LARGEST = 10**6  # no number in the config.json of a Qwen2.5 is larger; a damaged one may be
 END_OF_TEXT = "<|endoftext|>"  # the token that data.py puts after each document
@@ -47,6 +57,8 @@ def locate(folder_or_repo, filename: str, repo_type="model", required=True) -> P
             return download(name, filename, repo_type, required)
         except EntryNotFoundError:
             problem = f"{name}: this Hub repository has no {filename}"
+            if repo_type == "model":
+                problem += "; name a model that has config.json, tokenizer.json and model.safetensors"
     else:
         raise UserError(
             f"{name}: no such folder; give a folder, a Hub name such as Qwen/Qwen2.5-0.5B, or tiny"
@@ -86,7 +98,7 @@ def size_to_fetch(repo: str, filenames: list[str], repo_type="model") -> int | N
             continue
         try:
             size = get_hf_file_metadata(hf_hub_url(repo, filename, repo_type=repo_type)).size
-        except Exception:  # of several HTTP libraries; the download itself will say what is wrong
+        except HUB_ERRORS:  # the download itself will say what is wrong
             return None
         if size is None:
             return None
@@ -105,11 +117,10 @@ def download(repo: str, filename: str, repo_type: str, required=True) -> Path | 
         return Path(hf_hub_download(repo, filename, repo_type=repo_type))
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{repo}: no folder here and no {repo_type} on the Hub that you may read; check the name, log in"
+            f"{repo}: no folder here and no {repo_type} on the Hub that you may read; check the name, or "
+            "log in: hf auth login"
         ) from error
-    except (
-        LocalEntryNotFoundError
-    ) as error:  # the network failed; a subclass of EntryNotFoundError all the same
+    except LocalEntryNotFoundError as error:  # a subclass of EntryNotFoundError, but the network failed
         if not required and is_cached(repo, "config.json"):
             return None
         raise UserError(
@@ -117,9 +128,7 @@ def download(repo: str, filename: str, repo_type: str, required=True) -> Path | 
         ) from error
     except EntryNotFoundError:
         raise
-    except (
-        Exception
-    ) as error:  # the client raises the errors of several HTTP libraries, after retries of its own
+    except HUB_ERRORS as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{repo}: {filename} could not be downloaded ({lines[0]}); run the command again"
@@ -356,7 +365,10 @@ def check_fit(source, expected: dict, tensors: dict):
         if name not in expected:
             problem = f"{name} is not a part of the model"
     if problem:
-        raise UserError(f"{source}: its weights do not fit its config.json: {problem}; get both files again")
+        raise UserError(
+            f"{source}: its weights do not fit its config.json: {problem}; get both files again, or "
+            "undo your changes of qwen.py"
+        )
 
 
 def load_tokenizer(folder_or_repo, vocab_size=None) -> Tokenizer:
@@ -367,7 +379,9 @@ def load_tokenizer(folder_or_repo, vocab_size=None) -> Tokenizer:
     path = locate(folder_or_repo, "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers package raises no narrower class
+    except Exception as error:
+        if type(error) is not Exception:  # the class of all that the tokenizers package raises for a file
+            raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: cannot be read as a tokenizer ({reason}); get the file again") from error
 
@@ -431,8 +445,10 @@ def check_same_model(folder_or_repo, expected: dict, needed_by):
             differences.append(f"{key} in config.json is {found['config'].get(key)}, and was {value}")
     if found["weights"] != expected["weights"]:
         differences.append("the weights differ")
+    if len(differences) > 3:
+        differences[3:] = [f"{len(differences) - 3} more differences"]
     if differences:
         raise UserError(
             f"{folder_or_repo} is not the model on which {needed_by} was trained: {'; '.join(differences)}; "
-            "name the folder or Hub name of the right one (--model, or base= in Python)"
+            "name the right one with --model FOLDER or --model HUB_NAME (in Python: base=...)"
         )

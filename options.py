@@ -8,12 +8,14 @@ import os
 import sys
 from pathlib import Path
 
-from checkpoint import STEP_FOLDER, holds_checkpoint, no_such_run, read_checkpoint
+from checkpoint import read_checkpoint
 from device import pick_device
 from evaluate import EVALUATION_SEED
 from files import UserError
 from hub import BUILT_IN
 from ouroboros import POOLS
+from processes import RANK
+from run_folder import STEP_FOLDER, claim, holds_checkpoint, no_such_run, run_name
 from sources import BUILT_IN_SOURCES
 
 # Defaults by model and device. "cuda" is the paper's recipe at 1,000 of its 18,750 steps.
@@ -54,7 +56,8 @@ PRESETS = {
 MAY_CHANGE = {
     "resume",
     "eval",
-    "model",  # where it lies now; load_model recognises it by its content
+    "model",  # where it lies now; load_model recognises it by its content,
+    "data",  # and train.py recognises the text by its tokens
     "device",
     "compile",
     "activation_checkpointing",
@@ -263,11 +266,11 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
     )
     option(
         machine,
-        "--out",
-        "The folder of the run.",
-        default="runs/MODEL-depthD-rankR, with a number if that is taken",
-        type=Path,
+        "--name",
+        "The name of the run. It is kept in runs/NAME, with a number behind it if that is taken.",
+        default="model, text and every option that differs from its default",
     )
+    option(machine, "--out", "The folder of the run, which must be empty.", default="runs/NAME", type=Path)
     option(machine, "--eval-every", "The number of steps between two held-out losses.", type=int)
     option(machine, "--eval-sequences", "The number of sequences in each evaluation.", type=int)
     option(machine, "--save-every", "The number of steps between two checkpoints.", type=int)
@@ -278,13 +281,14 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
         type=Path,
         metavar="RUN",
         help="Continue a run that was stopped, with its own options. --steps, --lr, the intervals and what "
-        "concerns the machine may change.",
+        "concerns the machine may change. --model and --data say where the same model and text lie now.",
     )
     instead.add_argument(
         "--eval",
         type=Path,
         metavar="RUN",
-        help="Only evaluate a run, on its own text or on the text of --data.",
+        help="Only evaluate a run, on its own text or on the text of --data, at its own or at another "
+        "--depth.",
     )
     parser.set_defaults(**defaults)
     return parser
@@ -311,15 +315,16 @@ def parse_options(arguments: list[str] | None = None):
 
 def new_run_options(arguments: list[str], given) -> argparse.Namespace:
     """The options of a new run, where the defaults suit the model and the device."""
-    options = build_parser(new_run_defaults(given)).parse_args(arguments)
+    parser = build_parser(new_run_defaults(given))
+    options = parser.parse_args(arguments)
     check_numbers(options)
     check_past_the_paper(options)
     make_paths_absolute(options)
+    check_name(options)
+    if options.name is None:
+        defaults = vars(parser.parse_args([]))
+        options.name = run_name(vars(options), defaults)
     options.warmup = min(options.warmup, max(1, options.steps // 2))
-    if options.out and holds_files(options.out):
-        raise UserError(
-            f"{options.out}: is there already, and nothing saved is overwritten; choose another --out"
-        )
     return options
 
 
@@ -366,15 +371,21 @@ def resumed_run_options(arguments: list[str], given):
     folder = given.resume or given.eval
     if not holds_checkpoint(folder):  # a run of the Hub has no folder in which it could go on
         raise no_such_run(folder)
+    run = folder.parent if folder.match(STEP_FOLDER) else folder  # RUN/step-0000100 is a checkpoint of RUN
+    if given.resume and RANK == 0:
+        claim(run)
     checkpoint = read_checkpoint(folder)
     _, about = checkpoint
     if "options" not in about:
-        raise UserError(f"{folder}: was not saved by train.py, which alone can resume or evaluate its runs")
+        raise UserError(
+            f"{folder}: was not saved by train.py, so it has no training to continue and no text to evaluate "
+            "on; give the folder of a run of train.py"
+        )
 
-    run = folder.parent if folder.match(STEP_FOLDER) else folder  # RUN/step-0000100 is a checkpoint of RUN
-    older = dict(seam_tokens=0, distill=0.0)  # of a run that was saved before there were these options
+    older = dict(seam_tokens=0, distill=0.0)  # of a run from before these options
     saved = dict(older, **about["options"])
-    saved["out"] = run
+    saved.update(out=run, name=None)
+    check_places(saved, given)
     options = build_parser(saved).parse_args(arguments)
     check_numbers(options)
     check_past_the_paper(options)
@@ -382,10 +393,13 @@ def resumed_run_options(arguments: list[str], given):
     check_unchanged(saved, options)
 
     step = about["step"]
+    if options.steps < step:
+        raise UserError(f"--steps {options.steps}: {run} has done {step} steps already; give {step} or more")
     sequences = saved["batch_size"] * saved["accumulation"]
-    if options.steps < step or (options.resume and options.batch_size * options.accumulation != sequences):
+    if options.resume and options.batch_size * options.accumulation != sequences:
         raise UserError(
-            f"{run}: --steps must be {step} or more, --batch-size times --accumulation stay {sequences}"
+            f"--batch-size {options.batch_size} and --accumulation {options.accumulation}: a step of {run} "
+            f"has {sequences} sequences; give two numbers whose product is {sequences}"
         )
     return options, checkpoint
 
@@ -393,16 +407,34 @@ def resumed_run_options(arguments: list[str], given):
 # ---- What is refused -------------------------------------------------------------------------------------
 
 
+def check_places(saved: dict, given):
+    """Raise UserError if the pretrained model or the text of a run was moved, and it is not said where to."""
+    for name, content in (("model", "pretrained model"), ("data", "text")):
+        place = saved[name]
+        was_a_path = os.path.isabs(place)  # and not a built-in name or a name of the Hub
+        if getattr(given, name) is None and was_a_path and not os.path.exists(place):
+            raise UserError(
+                f"{place}: the {content} of {saved['out']} is not there any more; add --{name} and where "
+                "it lies now"
+            )
+
+
 def check_unchanged(saved: dict, options):
     """Raise UserError if an option differs from the saved one that cannot change in a resumed run."""
     may_change = set(MAY_CHANGE)
     if options.eval:
-        may_change.add("data")
+        may_change.add("depth")  # any depth can be evaluated
     for name, value in vars(options).items():
         if name not in may_change and value != saved[name]:
-            raise UserError(
-                f"--{name.replace('_', '-')} cannot change: {saved['out']} began with {saved[name]}"
-            )
+            option = name.replace("_", "-")
+            began = f"began with {saved[name]}"
+            if value is False:
+                option = f"no-{option}"  # --no-gate and --no-step-norm
+            if isinstance(value, bool):
+                began = "began without it"
+            if saved[name] is None:
+                began = "began with the default"
+            raise UserError(f"--{option} cannot change: {saved['out']} {began}; leave it out")
 
 
 def check_numbers(options):
@@ -430,15 +462,20 @@ def check_past_the_paper(options):
         raise UserError("--distill: the full model predicts the next token, so --target-offset must be 1")
 
 
+def check_name(options):
+    """Raise UserError for a --name that is no name of a folder in runs/, or that --out makes useless."""
+    name = options.name
+    if name is None:
+        return
+    if options.out is not None:
+        raise UserError("--name NAME is short for --out runs/NAME; give one of the two")
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"--name {name!r}: give the name of a folder in runs/, or --out with a path")
+
+
 def make_paths_absolute(options):
     """Let --model and --data be found again from any current folder."""
     if options.model not in BUILT_IN and Path(options.model).exists():
         options.model = str(Path(options.model).resolve())
     if options.data not in BUILT_IN_SOURCES and Path(options.data).exists():
         options.data = os.path.abspath(options.data)  # a link keeps its own name, which has the suffix
-
-
-def holds_files(folder: Path) -> bool:
-    """Whether a path is a file or a folder with files in it, half-written ones left out."""
-    paths = [folder, *folder.rglob("*")]
-    return any(path.is_file() and ".part" not in path.suffixes for path in paths)

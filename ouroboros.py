@@ -43,7 +43,17 @@ from torch import nn
 from device import promote  # to float32, or float64 if it is that already
 from fast import linear_of_joined, top_right_singular_vectors
 from files import UserError
-from qwen import PROJECTIONS, KVCache, LanguageModel, NotLoaded, Qwen, apply_projection, rotary_at
+from qwen import (
+    PROJECTIONS,
+    Config,
+    DecoderLayer,
+    KVCache,
+    LanguageModel,
+    NotLoaded,
+    Qwen,
+    apply_projection,
+    rotary_at,
+)
 from saving import load_model, save_model
 
 # Rows of the per-step tables (step embedding, StepNorm, static table). A model's own depth is at most this. A
@@ -224,10 +234,9 @@ class Ouroboros(LanguageModel):
     ):
         super().__init__()
         num_layers = qwen.config.num_hidden_layers
-        prelude, recurrent, coda = checked_cut(num_layers, prelude, recurrent, coda)
-        check_choice("depth", depth, range(1, MAX_STEPS + 1))
-        check_choice("modulation", modulation, ("controller", "static", "none"))
-        check_choice("pool", pool, POOLS)
+        prelude, recurrent, coda = checked_arguments(
+            qwen.config, prelude, recurrent, coda, rank, depth, modulation, pool
+        )
 
         self.config = qwen.config
         self.source = qwen.source
@@ -286,7 +295,6 @@ class Ouroboros(LanguageModel):
         Only matrices count: the biases and the norms of the removed layers are dropped. The removed
         layers must have been loaded.
         """
-        check_rank(self.recurrent, rank)
         if any(isinstance(layer, NotLoaded) for layer in removed):
             raise ValueError("the removed layers were not loaded, so their bases must be given")
         bases = {}
@@ -482,6 +490,20 @@ def default_cut(num_layers: int) -> tuple[int, int, int]:
     return ends, num_layers // 2, ends
 
 
+def checked_arguments(config: Config, prelude, recurrent, coda, rank, depth, modulation, pool):
+    """(prelude, recurrent, coda), with defaults instead of None.
+
+    Raises UserError for arguments that do not fit a model of this Config. train.py calls it, too, before
+    the weights are loaded.
+    """
+    check_choice("depth", depth, range(1, MAX_STEPS + 1))
+    check_choice("modulation", modulation, ("controller", "static", "none"))
+    check_choice("pool", pool, POOLS)
+    if modulation != "none":
+        check_rank(config, rank)
+    return checked_cut(config.num_hidden_layers, prelude, recurrent, coda)
+
+
 def checked_cut(num_layers: int, prelude, recurrent, coda) -> tuple[int, int, int]:
     """(prelude, recurrent, coda), with defaults instead of None.
 
@@ -506,8 +528,10 @@ def checked_cut(num_layers: int, prelude, recurrent, coda) -> tuple[int, int, in
     return prelude, recurrent, coda
 
 
-def check_rank(layer, rank: int):
-    """Raise UserError unless 1 <= rank <= the smaller side of every projection of the layer."""
+def check_rank(config: Config, rank: int):
+    """Raise UserError unless 1 <= rank <= the smaller side of every projection of a layer."""
+    with torch.device("meta"):  # shapes without memory
+        layer = DecoderLayer(config)
     largest = min(min(projection.weight.shape) for projection in layer.projections().values())
     if not 1 <= rank <= largest:
         raise UserError(f"rank {rank} does not fit this model: its smallest projection allows 1 to {largest}")

@@ -23,6 +23,7 @@ from fast import head_distillation
 from files import UserError
 from ouroboros import LoopCache, Ouroboros, TrainedLinear, check_choice
 from qwen import Qwen, apply_projection, rotary_at
+from saving import saved_model
 
 # The rank of the adapters, by train_coda. At rank 0 only the norms' weights change.
 ADAPTER_RANK = {"norms": 0, "lora": 4, "all": 2}
@@ -276,10 +277,11 @@ def load_run(folder, base=None, dtype=torch.float32, device="cpu", checkpoint=No
     here.
     """
     checkpoint = checkpoint or read_checkpoint(folder)
-    if "model" not in checkpoint[1]:
-        raise UserError(f"{folder}: was saved by other code: it holds no model")
-    name = checkpoint[1]["model"]["class"]
+    name = saved_model(folder, checkpoint[1])["class"]
     for known in (Ouroboros, Patched):
         if known.__name__ == name:
             return known.load(folder, base, dtype, device, checkpoint)
-    raise UserError(f"{folder}: holds a {name}, which this program does not know")
+    raise UserError(
+        f"{folder}: holds a {name}, which this program does not know; load it with {name}.load of the code "
+        "that saved it"
+    )

@@ -6,8 +6,10 @@ there are.
 """
 
 import os
+import re
 import signal
 import sys
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from files import UserError
+from output import reader_is_gone
 
 RANK = 0
 WORLD_SIZE = 1
@@ -37,7 +40,19 @@ def join_processes(device: torch.device, sequences_per_step: int):
     if RANK > 0:
         sys.stdout = None
     if sequences_per_step < WORLD_SIZE:
-        raise UserError(f"a step has fewer sequences than the {WORLD_SIZE} processes; raise --accumulation")
+        raise UserError(
+            f"a step has {sequences_per_step} sequences for {WORLD_SIZE} processes; give --batch-size and "
+            f"--accumulation a product of {WORLD_SIZE} or more"
+        )
+
+
+def leave_processes():
+    """Disconnect from the other processes.
+
+    Otherwise a thread of the connection may still run when Python ends, and the process is aborted.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share_of(sequences_per_step: int) -> range:
@@ -60,10 +75,19 @@ def sum_over_processes(parameters, *numbers) -> list[float]:
         try:
             dist.all_reduce(vector)
         except RuntimeError as error:
+            if not is_lost_connection(error):
+                raise
             reason = str(error).splitlines()[0]
             raise UserError(f"another process has ended ({reason}); --resume continues the run") from error
         vector_to_parameters(vector, tensors)
     return [float(number) for number in numbers]
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another process is gone, and not because of a bug."""
+    if isinstance(error, dist.DistError):  # of nccl
+        return True
+    return re.search("connection|socket|timed? ?out", str(error), re.IGNORECASE) is not None  # of gloo
 
 
 def broadcast_from_first(tensors):
@@ -74,24 +98,40 @@ def broadcast_from_first(tensors):
 
 
 class StopSignals:
-    """A context in which SIGINT (Ctrl-C) and SIGTERM are noted, so that training can end with a whole step.
+    """A context in which training can be told to stop, so that it ends with a whole step and saves it.
 
-    A second Ctrl-C ends the program at once; but torchrun sends each signal twice, so not under torchrun.
+    It is told by Ctrl-C (SIGINT), by SIGTERM, by a terminal that closes (SIGHUP), or by a reader of the
+    output that goes away. A signal that the caller of the program had switched off, as nohup does, stays
+    off. A second Ctrl-C ends the program at once; but torchrun sends each signal twice, so not under
+    torchrun.
     """
 
-    HANDLED = (signal.SIGINT, signal.SIGTERM)
+    HANDLED = ("SIGINT", "SIGTERM", "SIGHUP")
 
     def __enter__(self):
         self.received = []  # the numbers of the signals so far
         self.previous = {}
-        for number in self.HANDLED:
-            self.previous[number] = signal.signal(number, self._note)
+        for name in self.HANDLED:
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number, frame):
         if self.received and number == signal.SIGINT and WORLD_SIZE == 1:
             sys.exit(128 + number)
+        if not self.received and RANK == 0:
+            self._say("\nstopping after this step; a second Ctrl-C ends at once, without saving it\n")
         self.received.append(number)
+
+    def _say(self, message: str):
+        """Write to stderr, past its buffer, which may be in use at this very moment."""
+        with suppress(OSError):
+            os.write(2, message.encode())
+
+    def ask_to_stop(self) -> bool:
+        """Whether training has been told to stop."""
+        return bool(self.received) or reader_is_gone()
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():

@@ -78,6 +78,14 @@ def print_text(source, training: Batches, held_out: Batches, eval_sequences: int
             )
 
 
+def announce_evaluation(options, model: Ouroboros, training: Batches):
+    """Print what differs between an evaluation and the training of its run."""
+    if options.text_hash != training.text_hash():
+        print(f"this is another text than that on which {options.out} was trained")
+    if options.depth != model.depth:
+        print(f"the loop takes {options.depth} steps here; {options.out} was trained with {model.depth}")
+
+
 def print_parameters(model: Ouroboros):
     """Print the number of parameters of each trained part, of the bases and of the frozen base."""
     counts = {}
@@ -95,11 +103,22 @@ def print_parameters(model: Ouroboros):
 
 def announce_time(model: Ouroboros, loss_of, batch, options, first_step: int):
     """Print how long the training will take, by the faster of two passes over a batch (ids, targets)."""
-    seconds = min(seconds_of_a_pass(model, loss_of, batch), seconds_of_a_pass(model, loss_of, batch))
     steps = options.steps - first_step
-    minutes = seconds * options.accumulation * steps / WORLD_SIZE / 60
+    if steps == 0:  # of a run that had ended
+        return
+    seconds = min(seconds_of_a_pass(model, loss_of, batch), seconds_of_a_pass(model, loss_of, batch))
+    duration = readable_time(seconds * options.accumulation * steps / WORLD_SIZE)
     size = f"{options.accumulation} x {options.batch_size} x {options.seq_len}"
-    print(f"\n{steps} steps of {size} tokens, about {minutes:,.0f} min\n", flush=True)
+    print(f"\n{steps} steps of {size} tokens, about {duration}\n", flush=True)
+
+
+def readable_time(seconds: float) -> str:
+    """A time in seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h"
 
 
 def seconds_of_a_pass(model: Ouroboros, loss_of, batch) -> float:
@@ -115,13 +134,16 @@ def seconds_of_a_pass(model: Ouroboros, loss_of, batch) -> float:
 # ---- After training --------------------------------------------------------------------------------------
 
 
-def print_results(model: Ouroboros, results: dict):
-    """Print the losses of the full, the cut and the looped model, and the share of the gap recovered."""
+def print_results(model: Ouroboros, results: dict, depth: int):
+    """Print the losses of the full, the cut and the looped model, and the share of the gap recovered.
+
+    depth: that of the evaluation of the looped model.
+    """
     layers_kept = len(model.prelude) + 1 + len(model.coda)
     names = {
         "full": f"full model ({model.config.num_hidden_layers} layers)",
         "cut": f"cut to {layers_kept} layers",
-        "ouroboros": f"ouroboros, depth {model.depth}",
+        "ouroboros": f"ouroboros, depth {depth}",
     }
     columns = list(results["full"])
 
@@ -129,12 +151,23 @@ def print_results(model: Ouroboros, results: dict):
     print_row("", columns)
     for key, name in names.items():
         print_row(name, [f"{results[key][column]:.3f}" for column in columns])
-    print_row("gap recovered", [f"{gap_recovered(results, column):.1%}" for column in columns])
+
+    shares = [gap_recovered(results, column) for column in columns]
+    print_row("gap recovered", ["no gap" if share is None else f"{share:.1%}" for share in shares])
+    if None in shares:
+        print("no gap: on this text the full model is no better than the cut one")
 
 
 def print_row(name: str, cells: list[str]):
     """Print a row of the results table."""
     print(f"{name:24}" + "".join(f"{cell:>15}" for cell in cells))
+
+
+def print_skipped_steps(log: list[dict]):
+    """Print how many of a run's steps were skipped, if there are any."""
+    skipped = sum(row["loss"] is None for row in log)
+    if skipped:
+        print(f"{skipped} of {len(log)} steps had no finite loss and changed no weight; try a smaller --lr")
 
 
 def print_sample(model: Ouroboros, tokenizer, held_out, seed: int, device):

@@ -1,5 +1,9 @@
 """Continue a prompt with a trained run: python sample.py runs/NAME --prompt "..." """
 
+import threads  # noqa: F401 (it has to come before torch)
+
+# isort: split
+
 import math
 from argparse import SUPPRESS, ArgumentParser
 
@@ -54,9 +58,13 @@ def main():
         raise UserError("--prompt is empty; give at least one character")
 
     ids = torch.tensor([ids], device=device)
+    with torch.no_grad():
+        h = model.hidden(ids, depth=options.depth)  # not the logits, which need V / d times the memory
+    if not h.isfinite().all():
+        raise UserError(f"{options.run}: its logits are not finite; give an earlier checkpoint, RUN/step-N")
     out = model.generate(ids, options.max_new_tokens, options.temperature, depth=options.depth)
     print(tokenizer.decode(out[0].tolist(), skip_special_tokens=False))  # the end of the text is shown
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(main, "try a shorter --prompt, fewer --max-new-tokens, or a machine with more memory")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import FILE_NAME, STEP_FOLDER, read_checkpoint, write_checkpoint
+from checkpoint import read_checkpoint, write_checkpoint
 from files import UserError
 from hub import check_same_model, fingerprint
-from qwen import Qwen
+from qwen import PROJECTIONS, Qwen
+from run_folder import FILE_NAME, STEP_FOLDER
 
 
 def save_model(model, folder, more_tensors: dict | None = None, **about):
@@ -26,13 +27,15 @@ def save_model(model, folder, more_tensors: dict | None = None, **about):
     expected = model.fingerprint
     if expected is None and model.source is not None:
         expected = fingerprint(model.source)
-    tensors = {**model.saved_tensors(), **(more_tensors or {})}
+    own = model.saved_tensors()
+    tensors = {**own, **(more_tensors or {})}
     about["model"] = {
         "class": type(model).__name__,
         "base": model.source,
         "fingerprint": expected,  # None if the pretrained model was not loaded from files
         "num_layers": model.config.num_hidden_layers,
         "settings": model.settings,
+        "tensors": sorted(own),
     }
     write_checkpoint(folder, tensors, about)
 
@@ -55,9 +58,10 @@ def load_model(cls, folder, base=None, dtype=torch.float32, device="cpu", checkp
     another one, or the saved model is of another class.
     """
     tensors, about = checkpoint or read_checkpoint(folder)
-    if "model" not in about:
-        raise UserError(f"{folder}: was saved by other code: it holds no model")
-    saved = about["model"]
+    saved = saved_model(folder, about)
+    for name in saved.get("tensors", ()):  # older files have no such list
+        if name not in tensors:
+            raise other_code(folder, f"it has no {name}")
     settings = saved["settings"]
     if saved["class"] != cls.__name__:
         raise UserError(
@@ -66,12 +70,9 @@ def load_model(cls, folder, base=None, dtype=torch.float32, device="cpu", checkp
         )
 
     check_settings(cls, folder, settings)
-    base = base or saved["base"]
     if base is None:
-        raise UserError(
-            f"{folder}: its pretrained model was not loaded from files; name the folder in which it lies now "
-            "(--model, or base= in Python)"
-        )
+        base = saved["base"]
+        check_base_is_there(base, folder)
     if saved["fingerprint"] is not None:
         check_same_model(base, saved["fingerprint"], folder)
 
@@ -83,11 +84,41 @@ def load_model(cls, folder, base=None, dtype=torch.float32, device="cpu", checkp
     own = {}
     for name, tensor in model.saved_tensors().items():
         if name not in tensors or tensors[name].shape != tensor.shape:
-            shape = list(tensor.shape)
-            raise UserError(f"{folder}: was saved by other code: it has no {name} of shape {shape}")
+            raise other_code(folder, f"it has no {name} of shape {list(tensor.shape)}")
         own[name] = tensors[name]
+    for name in saved.get("tensors", ()):
+        if name not in own:
+            raise other_code(folder, f"it has {name}, for which a {cls.__name__} has no place here")
     model.load_state_dict(own, strict=False)
     return model
+
+
+def other_code(folder, difference: str) -> UserError:
+    """The error for a file that is whole, but does not fit this code."""
+    return UserError(f"{folder}: was saved by other code: {difference}; load it with the code that saved it")
+
+
+def saved_model(folder, about: dict) -> dict:
+    """What save_model wrote about the model. Raises UserError if something is missing."""
+    if "model" not in about:
+        raise other_code(folder, "it holds no model")
+    saved = about["model"]
+    for key in ("class", "base", "fingerprint", "num_layers", "settings"):
+        if key not in saved:
+            raise other_code(folder, f"it does not say its {key}")
+    for key in ("prelude", "recurrent", "coda"):
+        if key not in saved["settings"]:
+            raise other_code(folder, f"it does not say its {key}")
+    return saved
+
+
+def check_base_is_there(base: str | None, folder):
+    """Raise UserError if the pretrained model of a saved model has no name, or was moved."""
+    advice = "give the folder in which it lies now, with --model FOLDER (in Python: base=FOLDER)"
+    if base is None:
+        raise UserError(f"{folder}: its pretrained model was not loaded from files; {advice}")
+    if Path(base).is_absolute() and not Path(base).is_dir():  # not a Hub name
+        raise UserError(f"{base}: no such folder any more; {folder} needs the pretrained model; {advice}")
 
 
 def check_settings(cls, folder, settings: dict):
@@ -97,15 +128,13 @@ def check_settings(cls, folder, settings: dict):
         known.update(inspect.signature(parent.__init__).parameters)
     for name in settings:
         if name not in known:
-            raise UserError(f"{folder}: was saved by other code: {cls.__name__} has no setting {name}")
+            raise other_code(folder, f"{cls.__name__} has no setting {name}")
 
 
 def saved_bases(tensors: dict) -> dict:
     """{k: (A_k, B_k)} of a saved model."""
     bases = {}
-    for name, tensor in tensors.items():
-        if name.startswith("lora.") and name.endswith(".A"):
-            k = name.split(".")[1]
-            if f"lora.{k}.B" in tensors:  # load_model names what is missing
-                bases[k] = (tensor, tensors[f"lora.{k}.B"])
+    for k in PROJECTIONS:
+        if f"lora.{k}.A" in tensors and f"lora.{k}.B" in tensors:  # some subclasses have none
+            bases[k] = (tensors[f"lora.{k}.A"], tensors[f"lora.{k}.B"])
     return bases

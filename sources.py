@@ -9,6 +9,7 @@ documents never changes.
 import hashlib
 import json
 import re
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from checkpoint import STEP_FOLDER
 from documents import SUFFIXES, kind_of, read_documents
 from files import UserError, explaining
 from hub import load_tokenizer, locate
 from processes import RANK
+from run_folder import STEP_FOLDER
 
 CHUNK_CHARACTERS = 8_000_000  # of text in a chunk, about two million tokens
 FINEWEB = "kjj0/finewebedu10B-gpt2"  # a data set of the Hub
@@ -120,18 +121,20 @@ class TextSource:
             self.held_out_files = [file for file in self.files if is_named_held_out(file.relative_to(path))]
         if len(self.held_out_files) == len(self.files):
             self.held_out_files = []
+        held_out = set(self.held_out_files)
+        self.training_files = [file for file in self.files if file not in held_out]
         if self.held_out_files:
-            training = len(self.files) - len(self.held_out_files)
             self.notes.append(
-                f"held out: {short_list(self.held_out_files)}; for training: the other {training} of "
-                f"{len(self.files)} files"
+                f"held out: {short_list(self.held_out_files)}; for training: the other "
+                f"{len(self.training_files)} of {len(self.files)} files"
             )
 
-        self.key = [self.SPLIT_RULE]
+        content = hashlib.sha256()
         self.states = {file: state_of(file) for file in self.files}
         hashes = hash_files(self.files)
         for file in self.files:
-            self.key.append([kind_of(file), file in self.held_out_files, hashes[file]])
+            content.update(f"{kind_of(file)} {file in held_out} {hashes[file]}\n".encode())
+        self.key = [self.SPLIT_RULE, content.hexdigest()]
 
     def chunks(self, split: str):
         # The held-out text is spread over twenty times as much. A smaller chunk of it is found sooner.
@@ -142,7 +145,7 @@ class TextSource:
         """The documents of one split, or parts of them, blank ones left out."""
         want_held_out = split == "val"
         if self.held_out_files:
-            files = [file for file in self.files if (file in self.held_out_files) == want_held_out]
+            files = self.held_out_files if want_held_out else self.training_files
             pieces = in_pieces(self._documents(files), LARGEST_CYCLE)
         else:
             cycle = cycle_for(self._documents(self.files))
@@ -213,7 +216,7 @@ class FolderSearch:
         self.folder = folder
         self.files = []
         self.skipped = []  # "name (reason)"
-        self.seen = set()  # real paths
+        self.seen = set()  # (device, inode) of each file and folder that was reached
         self._search(folder)
 
     def notes(self) -> list[str]:
@@ -222,34 +225,43 @@ class FolderSearch:
         return [f"skipped: {short_list(self.skipped)}"]
 
     def _search(self, folder: Path):
-        self.seen.add(folder.resolve())
-        for path in sorted(folder.iterdir()):
-            reason = self._reason_to_skip(path)
+        self._is_new(folder.stat())
+        for path in sorted(folder.iterdir(), key=lambda path: path.name):
+            # once for each path, because a folder may have a hundred thousand
+            status = path.stat() if path.exists() else None
+            is_folder = status is not None and stat.S_ISDIR(status.st_mode)
+            if is_folder and path.name.startswith("."):
+                continue
+            reason = what_left_it(path) if is_folder else self._reason_to_skip(path, status)
             if reason:
                 self.skipped.append(f"{path.relative_to(self.folder)} ({reason})")
-            elif path.is_dir() and not path.name.startswith(".") and path.resolve() not in self.seen:
+            elif is_folder and self._is_new(status):
                 files_before = len(self.files)
                 self._search(path)
                 if kind_of(path) and len(self.files) == files_before:
                     self.skipped.append(f"{path.relative_to(self.folder)} (a folder without text)")
-            elif path.is_file() and kind_of(path) and path.stat().st_size > 0:
-                if path.resolve() not in self.seen:
-                    self.files.append(path)
-                self.seen.add(path.resolve())
+            elif not is_folder and kind_of(path) and status.st_size > 0 and self._is_new(status):
+                self.files.append(path)
 
-    def _reason_to_skip(self, path: Path) -> str | None:
-        """Why a text file or a folder is left out; None for all else."""
-        if path.is_dir() and not path.name.startswith("."):
-            return what_left_it(path)
+    def _is_new(self, status) -> bool:
+        """Whether a file or folder is reached for the first time."""
+        identity = (status.st_dev, status.st_ino)
+        if identity in self.seen:
+            return False
+        self.seen.add(identity)
+        return True
+
+    def _reason_to_skip(self, path: Path, status) -> str | None:
+        """Why a text file is left out; None for all else. status: None for a link to nothing."""
         if kind_of(path) is None:
             return None
         if path.name.startswith("."):
             return "hidden"
         if ".part" in path.suffixes:
             return "not finished"
-        if not path.exists():
+        if status is None:
             return "a link to a file that is not there"
-        if not path.is_file():
+        if not stat.S_ISREG(status.st_mode):
             return "not a file"
         if path.name == "log.jsonl" and is_run(path.parent):
             return "the log of a run"

@@ -5,46 +5,55 @@ the Python source code of this machine, in a few minutes. Everything a run leave
 runs/NAME.
 """
 
-import hashlib
-import json
+import threads  # noqa: F401 (it has to come before torch)
+
+# isort: split
+
 import math
+import os
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from checkpoint import optimizer_tensors, prune_checkpoints, restore_optimizer, step_folder
+from checkpoint import newest_good_checkpoint, optimizer_tensors, prune_checkpoints, restore_optimizer
 from data import Batches
 from device import pick_device, pick_dtype
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns
 from fast import keep_freed_memory, recompute_activations, try_to_compile
-from files import UserError, exit_on_user_error, explaining, replace_file
+from files import UserError, exit_on_user_error, write_json
 from hub import load_tokenizer
 from options import parse_options
-from ouroboros import Ouroboros
+from ouroboros import Ouroboros, checked_arguments
 from patch import Patched, distillation_loss, full_model_of, load_run, mend_seams
 from processes import (
     RANK,
     StopSignals,
     broadcast_from_first,
     join_processes,
+    leave_processes,
     share_of,
     sum_over_processes,
 )
-from qwen import Qwen
+from qwen import Config, Qwen
 from report import (
     announce_download,
+    announce_evaluation,
     announce_time,
     print_parameters,
     print_results,
     print_sample,
+    print_skipped_steps,
     print_text,
 )
+from run_folder import append_row, claim_new_folder, cut_log, is_bad, read_log, step_folder
 from sources import open_source
 
 
@@ -54,6 +63,11 @@ def main():
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     source = open_source(options.data)  # here, so that a wrong path is told before anything slow
+    config = Config.from_pretrained(options.model)
+    if checkpoint is None:
+        checked_arguments(config, **loop_settings(options))  # before the weights are fetched and read
+        if RANK == 0:  # only the first process writes
+            options.out = claim_new_folder(options.out, options.name)
     keep_freed_memory()
     join_processes(device, options.batch_size * options.accumulation)  # those that torchrun started
     torch.manual_seed(options.seed)
@@ -61,18 +75,8 @@ def main():
     print(f"{Path(options.model).name} on {Path(options.data).name}, {device}, {type_name}", flush=True)
     announce_download(options)
 
-    # ---- Model ---------------------------------------------------------------------------------------------
-    if checkpoint is None:
-        qwen = Qwen.from_pretrained(options.model, dtype, device)
-        model = new_model(qwen, options)
-    else:
-        qwen = None  # the full model is loaded only if its losses are not known yet, or for distillation
-        model = load_run(options.out, options.model, dtype, device, checkpoint)
-        if options.distill > 0 and not options.eval:
-            qwen = full_model_of(model)
-
-    # ---- Data ----------------------------------------------------------------------------------------------
-    tokenizer = load_tokenizer(options.model, model.config.vocab_size)
+    # ---- Text ----------------------------------------------------------------------------------------------
+    tokenizer = load_tokenizer(options.model, config.vocab_size)
 
     def batches(split: str, offset=1, seed=EVALUATION_SEED) -> Batches:
         return Batches(source, split, tokenizer, options.seq_len, offset, seed)
@@ -83,6 +87,25 @@ def main():
         columns["held-out, t+2"] = batches("val", offset=2)
 
     print_text(source, columns["train"], columns["held-out"], options.eval_sequences)
+    training = batches("train", options.target_offset, options.seed)
+
+    # ---- Model ---------------------------------------------------------------------------------------------
+    if checkpoint is None:
+        qwen = Qwen.from_pretrained(options.model, dtype, device)
+        model = new_model(qwen, options)
+        if options.seam_tokens > 0:
+            mend_seams(model, qwen, first_tokens(training, options, device), options.batch_size)
+    else:
+        qwen = None  # the full model is loaded only if its losses are not known yet, or for distillation
+        model = load_run(options.out, options.model, dtype, device, checkpoint)
+        if options.eval:
+            announce_evaluation(options, model, training)
+        else:
+            check_same_text(options, training)
+            if options.distill > 0:
+                qwen = full_model_of(model)
+    # other hardware would round the bases and the seams another way
+    broadcast_from_first(model.saved_tensors().values())
 
     results = {}
     if RANK == 0:
@@ -90,26 +113,17 @@ def main():
 
     # ---- Training ------------------------------------------------------------------------------------------
     if not options.eval:
-        training = batches("train", options.target_offset, options.seed)
-        if checkpoint is None and options.seam_tokens > 0:
-            sequences = training.at_most(math.ceil(options.seam_tokens / options.seq_len))
-            ids, _ = training.batch(0, sequences, device)
-            mend_seams(model, qwen, ids, options.batch_size)
-        # other hardware would round the bases and the seams another way
-        broadcast_from_first(model.saved_tensors().values())
-
         loss_of = model.loss
         if options.distill > 0:
             loss_of = partial(distillation_loss, model, qwen, options.distill)
         del qwen  # and with it the layers that were cut out, unless distillation needs them
 
         if checkpoint is None:
-            options.text_hash = hash_of_text(training)
-            options.out = options.out or free_folder(options)
+            options.text_hash = training.text_hash()
             first_step = 0
         else:
-            check_same_text(options, training)
             first_step = checkpoint[1]["step"]
+            print(f"continuing at step {first_step} of {options.steps}")
 
         print_parameters(model)
         batch = training.batch(0, options.batch_size, device)
@@ -120,23 +134,25 @@ def main():
         announce_time(model, loss_of, batch, options, first_step)
 
         stopped_by = train(model, training, columns["held-out"], options, device, checkpoint, loss_of)
+        leave_processes()
         if stopped_by:
             print(f"stopped, and saved. To continue: python train.py --resume {options.out}")
             print(f"To see how good it is so far: python train.py --eval {options.out}")
             sys.exit(128 + stopped_by)
+        print(f"trained, and saved in {options.out}", flush=True)
 
     # ---- Results -------------------------------------------------------------------------------------------
+    leave_processes()  # here too, for --eval
     if RANK > 0:
         return
-    results["ouroboros"] = evaluate_columns(model.loss, columns, options, device)
-    print_results(model, results)
+    loss_of = partial(model.loss, depth=options.depth)  # --eval may ask for another depth than the model's
+    results["ouroboros"] = evaluate_columns(loss_of, columns, options, device, "the looped model")
+    print_results(model, results, options.depth)
     if not options.eval:
         write_json(options.out / "results.json", results)
+        print_skipped_steps(read_log(options.out))
         print_sample(model, tokenizer, columns["held-out"], options.seed, device)
-
-        from plot import plot_losses  # only now, because importing matplotlib takes seconds
-
-        plot_losses(options.out)
+        draw_picture(options.out)
         print(f'\nAll of it is in {options.out}. Write on: python sample.py {options.out} --prompt "..."')
 
 
@@ -152,18 +168,19 @@ def train(model, batches, held_out, options, device, checkpoint=None, loss_of=No
     """
     loss_of = loss_of or model.loss
     parameters = model.trained_parameters()
-    optimizer = make_optimizer(parameters, options, device)
+    optimizer = make_optimizer(model, options, device)
     first_step = 0
     if checkpoint is not None:
         tensors, about = checkpoint
         first_step = about["step"]
         restore_optimizer(optimizer, parameters, tensors)
 
-    log = options.out / "log.jsonl"
+    bad_steps = []  # those without a finite loss
     if RANK == 0:
         if first_step == 0:
-            save_checkpoint(model, optimizer, options, step=0)
-        cut_log(log, first_step)
+            save_checkpoint(model, optimizer, options, 0, bad_steps)
+        cut_log(options.out, first_step)
+        bad_steps += [row["step"] for row in read_log(options.out) if is_bad(row)]
 
     sequences = options.batch_size * options.accumulation  # of a step
     share = share_of(sequences)  # those of this process: all of them, unless torchrun started several
@@ -187,7 +204,7 @@ def train(model, batches, held_out, options, device, checkpoint=None, loss_of=No
                 part_of_loss = loss_of(ids, targets) * (size / sequences)
                 part_of_loss.backward()
                 loss += part_of_loss.detach()
-            loss, stop = sum_over_processes(parameters.values(), loss, len(signals.received))
+            loss, stop = sum_over_processes(parameters.values(), loss, signals.ask_to_stop())
             grad_norm = clip_grad_norm_(parameters.values(), 1.0).item()
 
             # ---- Take the step, or skip a step without a number
@@ -206,40 +223,56 @@ def train(model, batches, held_out, options, device, checkpoint=None, loss_of=No
             is_last = step + 1 == options.steps
             if RANK == 0:
                 if (step + 1) % options.eval_every == 0 or is_last:
-                    row["held_out"] = evaluate(
+                    held_out_loss = evaluate(
                         model.loss, held_out, options.eval_sequences, options.batch_size, device
                     )
-                    bar.write(f"step {step + 1}: held-out loss {row['held_out']:.3f}")
-                append_row(log, row)
+                    row["held_out"] = held_out_loss if math.isfinite(held_out_loss) else None
+                    bar.write(f"step {step + 1}: held-out loss {held_out_loss:.3f}")
+                append_row(options.out, row)
+                if is_bad(row):
+                    bad_steps.append(step + 1)
                 bar.update()
                 bar.set_postfix_str(f"loss {loss:.3f}, {row['tokens_per_s']} tokens/s")
 
             # ---- Save
             if RANK == 0 and ((step + 1) % options.save_every == 0 or is_last or stop):
-                save_checkpoint(model, optimizer, options, step + 1)
+                save_checkpoint(model, optimizer, options, step + 1, bad_steps)
 
+            # ---- Go on, or stop
             if skipped == 10:
-                raise UserError(
-                    "ten steps in a row had no finite loss and gradient, and none of them was taken; try "
-                    f"--resume {options.out} --lr {options.lr / 3:.1g}, or begin anew with --dtype float32"
-                )
+                raise diverged("ten steps in a row had no finite loss and gradient", options, bad_steps)
+            if "held_out" in row and row["held_out"] is None:
+                raise diverged(f"after step {step + 1} the held-out loss is not finite", options, bad_steps)
             if stop:
                 return signals.received[-1] if signals.received else signal.SIGTERM
     return 0
 
 
-def make_optimizer(parameters: dict, options, device) -> torch.optim.AdamW:
+def diverged(what: str, options, bad_steps: list[int]) -> UserError:
+    """The error for a run that gives no numbers any more. It names a checkpoint that still does."""
+    advice = f"--lr {options.lr / 3:.1g}"
+    good = newest_good_checkpoint(options.out, bad_steps[0]) if RANK == 0 else None
+    if good is not None:
+        advice = f"--resume {good} {advice}"
+    return UserError(f"{what}; try {advice}, or begin anew with --dtype float32")
+
+
+def make_optimizer(model: Ouroboros, options, device) -> torch.optim.AdamW:
     """AdamW with a parameter group for each parameter; "scale" is its learning rate as a multiple of the
     common one.
 
     The step norm's can be larger: it starts at 1 and has a long way to the size of the state
-    (--norm-lr-scale).
+    (--norm-lr-scale). Only the matrices of linear maps decay. For a norm, a bias, an embedding or a table
+    of diagonals, zero is not the neutral value or not a simpler one.
     """
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    decaying = {id(weight) for weight in matrices}
     groups = []
-    for name, p in parameters.items():
+    for name, p in model.trained_parameters().items():
         scale = options.norm_lr_scale if name.startswith("step_norm") else 1.0
-        groups.append({"params": [p], "scale": scale})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=device.type != "mps")
+        decay = 0.01 if id(p) in decaying else 0.0
+        groups.append({"params": [p], "scale": scale, "weight_decay": decay})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type != "mps")
 
 
 def learning_rate(step: int, options) -> float:
@@ -253,90 +286,74 @@ def learning_rate(step: int, options) -> float:
 # ---- Before training -------------------------------------------------------------------------------------
 
 
+def loop_settings(options) -> dict:
+    """The arguments of Ouroboros that have to fit the pretrained model."""
+    names = ("prelude", "recurrent", "coda", "rank", "depth", "modulation", "pool")
+    return {name: getattr(options, name) for name in names}
+
+
 def new_model(qwen: Qwen, options) -> Ouroboros:
     """The model that the options ask for. Raises UserError for options that leave nothing to train."""
-    settings = dict(
-        prelude=options.prelude,
-        recurrent=options.recurrent,
-        coda=options.coda,
-        rank=options.rank,
-        depth=options.depth,
-        modulation=options.modulation,
-        pool=options.pool,
-        gate=options.gate,
-        step_norm=options.step_norm,
-    )
+    settings = dict(loop_settings(options), gate=options.gate, step_norm=options.step_norm)
     if options.patch or options.train_coda != "none":
         model = Patched(qwen, seams=options.patch, train_coda=options.train_coda, **settings)
     else:
         model = Ouroboros(qwen, **settings)
     if not model.trained_parameters():
-        raise UserError("nothing is left to train: keep Controller, gate or step norm, or try --patch")
+        raise UserError(
+            "nothing is left to train; leave out one of --modulation none, --no-gate and --no-step-norm, or "
+            "add --patch"
+        )
     return model
 
 
-def hash_of_text(training: Batches) -> str:
-    """A hash of the first chunk of tokens, by which a resumed run recognises its text."""
-    return hashlib.sha256(training.chunk(0)).hexdigest()[:16]
+def first_tokens(training: Batches, options, device):
+    """The sequences [N, T] of training text on which the seams are fitted."""
+    sequences = training.at_most(math.ceil(options.seam_tokens / options.seq_len))
+    tokens = sequences * options.seq_len
+    print(f"fitting the seams to the full model's states, on {tokens:,} tokens", flush=True)
+    ids, _ = training.batch(0, sequences, device)
+    return ids
 
 
 def check_same_text(options, training: Batches):
     """Raise UserError if the text is not the one with which a resumed run began."""
-    if options.text_hash != hash_of_text(training):
+    if options.text_hash != training.text_hash():
         raise UserError(
-            f"{options.data}: not the text any more with which {options.out} began; bring it back to go on"
+            f"{options.data}: not the text with which {options.out} began, or its tokenizer.json has "
+            "changed; bring it back, or give --data with where the text lies now"
         )
-
-
-def free_folder(options) -> Path:
-    """The first of runs/NAME, runs/NAME-2, runs/NAME-3 and so on that does not exist."""
-    name = f"runs/{Path(options.model).name}-depth{options.depth}-rank{options.rank}"
-    if options.patch:
-        name += "-patch"
-    folder = Path(name)
-    number = 2
-    while folder.exists():
-        folder = Path(f"{name}-{number}")
-        number += 1
-    return folder
 
 
 # ---- What a run leaves behind ----------------------------------------------------------------------------
 
 
-def save_checkpoint(model: Ouroboros, optimizer, options, step: int):
-    """Save all that is needed to go on after `step` steps. The newest two checkpoints are kept.
+def draw_picture(run: Path):
+    """Let plot.py draw the run's loss.png, in a process of its own: what fails there fails no run."""
+    program = Path(__file__).with_name("plot.py")
+    environment = {**os.environ, "MPLBACKEND": "agg"}
+    drawing = subprocess.run([sys.executable, program, run], env=environment, capture_output=True, text=True)
+    if drawing.returncode != 0:
+        reason = drawing.stderr.strip().splitlines()[-1:]
+        print(f"loss.png was not drawn ({''.join(reason)}); python plot.py {run} draws it later")
+
+
+def save_checkpoint(model: Ouroboros, optimizer, options, step: int, bad_steps: list[int]):
+    """Save all that is needed to go on after `step` steps, and remove old checkpoints.
 
     Every random choice is a function of the seed and the step, so there is no random state to save.
+    bad_steps: the numbers of the steps without a finite loss.
     """
     kept = dict(vars(options))
-    for name in ("resume", "eval", "out"):  # they say where a run is, not what it is
+    for name in ("resume", "eval", "name", "out"):  # they say where a run is, not what it is
         kept.pop(name, None)
     moments = optimizer_tensors(optimizer, model.trained_parameters())
     model.save(step_folder(options.out, step), moments, step=step, options=kept)
     write_json(options.out / "args.json", kept)  # for people to read
-    prune_checkpoints(options.out, newest=step)
-
-
-def cut_log(log: Path, steps: int):
-    """Keep the rows of the first `steps` steps.
-
-    A killed run may have logged steps after its last checkpoint.
-    """
-    lines = []
-    if log.exists():
-        lines = log.read_text(errors="replace").splitlines(keepends=True)[:steps]
-    replace_file(log, lambda part: part.write_text("".join(lines)))
-
-
-def append_row(log: Path, row: dict):
-    with explaining(log, "written", "make room or bring its folder back"), open(log, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def write_json(path: Path, content: dict):
-    replace_file(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+    prune_checkpoints(options.out, step, bad_steps[0] if bad_steps else None)
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(
+        main, "try a smaller --batch-size, --seq-len, --depth or --model, or --activation-checkpointing"
+    )

@@ -14,7 +14,6 @@ text of another kind ("other"). For Python source code, the other text is the RE
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -29,21 +28,21 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import FILE_NAME, STEP_FOLDER
 from data import Batches
 from device import pick_device, pick_dtype
 from evaluate import EVALUATION_SEED, evaluate_columns
 from experiments.measure import distance_from_start, future_leak, look_inside, losses_by_depth
 from experiments.runs import Run, all_runs
 from fast import keep_freed_memory
-from files import UserError, cache_folder, exit_on_user_error, explaining, read_json, replace_file
+from files import UserError, cache_folder, exit_on_user_error, read_json, replace_file, write_json
 from hub import load_tokenizer
 from options import parse_options
 from ouroboros import Ouroboros
 from patch import Patched
 from qwen import Qwen
+from run_folder import FILE_NAME, STEP_FOLDER, read_log
 from sources import open_source
-from train import check_same_text, hash_of_text, train
+from train import check_same_text, loop_settings, train
 
 BASELINES = "baselines"  # the name under which the full and the cut model are evaluated
 
@@ -170,7 +169,7 @@ def train_and_measure(run: Run, study: Study):
         options.seed,
     )
     if is_new:
-        options.text_hash = hash_of_text(training)
+        options.text_hash = training.text_hash()
     else:
         check_same_text(options, training)
 
@@ -188,23 +187,13 @@ def train_and_measure(run: Run, study: Study):
         "loss": evaluate_columns(model.loss, texts, options, device),
     }
     result.update(more_measurements(run, model, texts, options, device))
-    result["log"] = short_log(folder / "log.jsonl")
-    write_json(study.result_file(run.name), result)
+    result["log"] = short_log(folder)
+    write_json(study.result_file(run.name), result, indent=None)
 
 
 def new_model(run: Run, qwen: Qwen, options) -> Ouroboros:
     """The untrained model of a run, by train.py's options and the settings of its class."""
-    settings = dict(
-        prelude=options.prelude,
-        recurrent=options.recurrent,
-        coda=options.coda,
-        rank=options.rank,
-        depth=options.depth,
-        modulation=options.modulation,
-        pool=options.pool,
-        gate=options.gate,
-        step_norm=options.step_norm,
-    )
+    settings = dict(loop_settings(options), gate=options.gate, step_norm=options.step_norm)
     if issubclass(run.model_class, Patched):
         settings["train_coda"] = options.train_coda
     return run.model_class(qwen, **run.own_settings, **settings)
@@ -230,25 +219,19 @@ def more_measurements(run: Run, model: Ouroboros, texts: dict[str, Batches], opt
     return more
 
 
-def short_log(path: Path) -> list[list]:
+def short_log(run_folder: Path) -> list[list]:
     """[step, training loss, held-out loss] of every step.
 
     The training loss is None for a step without a finite loss and gradient. The held-out loss is 0 where it
     was not measured.
     """
     rows = []
-    with explaining(path, "read as a line of JSON for each step"):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            loss = row["loss"]
-            if loss is not None:
-                loss = round(loss, 4)
-            rows.append([row["step"], loss, round(row.get("held_out", 0), 4)])
+    for row in read_log(run_folder):
+        loss = row["loss"]
+        if loss is not None:
+            loss = round(loss, 4)
+        rows.append([row["step"], loss, round(row.get("held_out", 0), 4)])
     return rows
-
-
-def write_json(path: Path, content: dict):
-    replace_file(path, lambda part: part.write_text(json.dumps(content) + "\n"))
 
 
 # ---- The baselines ---------------------------------------------------------------------------------------
@@ -267,7 +250,7 @@ def measure_baselines(study: Study):
         "full": evaluate_columns(qwen.loss, texts, options, device),
         "cut": evaluate_columns(model.cut.loss, texts, options, device),
     }
-    write_json(study.result_file(BASELINES), result)
+    write_json(study.result_file(BASELINES), result, indent=None)
 
 
 # ---- All of them -----------------------------------------------------------------------------------------

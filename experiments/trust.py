@@ -1,18 +1,22 @@
-"""Kill runs and damage files, with real processes: python experiments/trust.py
+"""Kill runs, start them twice and damage files, with real processes: python experiments/trust.py
 
-Runs of the built-in model are killed with SIGKILL at random moments and resumed until they are done. Each
-must end bit for bit as a run that was left alone: weights, AdamW's moments and the loss of every step.
+Runs of the built-in model are ended at random moments with SIGKILL, as when memory runs out, or with SIGHUP,
+as when a terminal closes, and resumed until they are done. Each must end bit for bit as a run that was left
+alone: weights, AdamW's moments and the loss of every step.
+
+Two trainers are started on one folder at once. One must end with exit code 2 and one line that says so, and
+the other as if it were alone.
 
 Damaged inputs are given to the programs. Each must end with exit code 2 and one line that names the input.
 
-All of it takes about a quarter of an hour on two cores. The exit code is 1 if anything was otherwise.
+The exit code is 1 if anything was otherwise.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import FILE_NAME, STEP_FOLDER, read_checkpoint
+from checkpoint import read_checkpoint
 from experiments.damages import (
     WHOLE_CACHE,
     WHOLE_RUN,
@@ -34,8 +38,10 @@ from experiments.damages import (
     write_inputs,
 )
 from files import UserError, cache_folder, exit_on_user_error
+from run_folder import FILE_NAME, STEP_FOLDER, read_log
 
 RUN = ["train.py", "--steps", "40", "--eval-every", "20", "--eval-sequences", "4"]
+ALONE = "alone"  # the folder of the run with which the others are compared
 
 
 def start(command: list, cache: Path | None = None) -> subprocess.Popen:
@@ -70,8 +76,7 @@ def check_success(process: subprocess.Popen, errors: str):
 
 def check_kills(folder: Path, count: int) -> bool:
     """Whether so many runs that are killed end as the run that is left alone."""
-    alone = folder / "alone"
-    run_whole(first_command(alone))
+    alone = folder / ALONE
 
     def kills_and_sameness(i: int) -> tuple[int, bool]:
         run = folder / f"killed-{i}"
@@ -89,7 +94,7 @@ def check_kills(folder: Path, count: int) -> bool:
 
 
 def run_with_kills(run: Path, seed: int) -> int:
-    """Start and resume a run until it is done, and kill it one to four times. Returns the number of kills."""
+    """Start and resume a run until it is done, and end it one to four times. Returns how often."""
     rng = random.Random(seed)
     planned = rng.randint(1, 4)
     kills = 0
@@ -99,7 +104,7 @@ def run_with_kills(run: Path, seed: int) -> int:
         try:
             _, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
+            process.send_signal(rng.choice((signal.SIGKILL, signal.SIGHUP)))
             process.communicate()
             kills += 1
         else:
@@ -132,10 +137,42 @@ def ends_are_equal(run: Path, other: Path) -> bool:
 def logged_losses(run: Path) -> list[dict]:
     """The rows of log.jsonl without the rates and the times."""
     rows = []
-    for line in (run / "log.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_log(run):
         rows.append({key: row.get(key) for key in ("step", "loss", "grad_norm", "held_out")})
     return rows
+
+
+# ---- Pairs -----------------------------------------------------------------------------------------------
+
+
+def check_pairs(folder: Path, count: int) -> bool:
+    """Whether of two trainers on one folder one is refused and the other ends as the run left alone."""
+    good = 0
+    for i in range(count):
+        run = folder / f"pair-{i}"
+        command = first_command(run)
+        if i % 2 == 1:  # every second pair resumes a run
+            shutil.copytree(folder / ALONE, run)
+            earlier, _ = sorted(run.glob(STEP_FOLDER))
+            command = ["train.py", "--resume", earlier]
+        pair_is_good = one_is_refused(command) and ends_are_equal(folder / ALONE, run)
+        print(f"pair {i}: {'one is refused, the other ends well' if pair_is_good else 'WRONG'}", flush=True)
+        good += pair_is_good
+    print(f"\n{good} of {count} pairs of trainers on one folder: one is refused, and nothing is lost\n")
+    return good == count
+
+
+def one_is_refused(command: list) -> bool:
+    """Whether of two programs that are started together one succeeds and the other says one line."""
+    processes = [start(command), start(command)]
+    errors = {}
+    for process in processes:
+        _, text = process.communicate()
+        errors[process.returncode] = text
+    if errors.keys() != {0, 2}:
+        print(errors)
+        return False
+    return errors[2].count("\n") == 1 and "another program is training in it" in errors[2]
 
 
 # ---- Damages ---------------------------------------------------------------------------------------------
@@ -174,7 +211,7 @@ def check_damage(damage: Damage, place: Path) -> bool:
     return False
 
 
-# ---- Both ------------------------------------------------------------------------------------------------
+# ---- All of it -------------------------------------------------------------------------------------------
 
 
 def parse_arguments(damages: int):
@@ -182,6 +219,7 @@ def parse_arguments(damages: int):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=50, help="How many runs are killed. Default: 50.")
+    parser.add_argument("--pairs", type=int, default=20, help="How many runs are started twice. Default: 20.")
     parser.add_argument(
         "--damages",
         type=int,
@@ -194,15 +232,19 @@ def parse_arguments(damages: int):
 def main():
     damages = all_damages()
     args = parse_arguments(len(damages))
-    if args.kills < 0 or args.damages < 0:
-        raise UserError("--kills and --damages must be 0 or more")
+    if min(args.kills, args.pairs, args.damages) < 0:
+        raise UserError("--kills, --pairs and --damages must be 0 or more")
     if args.damages < len(damages):
         damages = random.Random(0).sample(damages, args.damages)
     cache_folder().mkdir(parents=True, exist_ok=True)
 
     good = True
     with tempfile.TemporaryDirectory() as folder:
+        if args.kills or args.pairs:
+            run_whole(first_command(Path(folder) / ALONE))
         if args.kills and not check_kills(Path(folder), args.kills):
+            good = False
+        if args.pairs and not check_pairs(Path(folder), args.pairs):
             good = False
         if damages and not check_damages(Path(folder), damages):
             good = False

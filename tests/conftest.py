@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from helpers import make_pretrained
+from helpers import make_pretrained, release_claims
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run the whole suite in two processes, if pytest-xdist is installed. `-n 0` runs it in one."""
+    is_worker = hasattr(config, "workerinput")
+    is_whole_suite = config.args_source == config.ArgsSource.TESTPATHS
+    if is_whole_suite and not is_worker and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses = 2
+        config.option.dist = "worksteal"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,6 +27,13 @@ def own_cache(tmp_path_factory):
 def fixed_seed():
     """Every test draws the same numbers, whichever tests run before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def claims_of_one_test():
+    """A folder that a test claims in this process is free for the next test."""
+    yield
+    release_claims()
 
 
 @pytest.fixture

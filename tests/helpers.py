@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
+import run_folder
 from checkpoint import read_checkpoint
 from files import UserError
 from ouroboros import Ouroboros
@@ -27,6 +28,14 @@ ROOT = Path(__file__).resolve().parents[1]  # the folder of the programs
 # threads that wait for each other would make the tests twenty times slower.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that the tests start
+
+
+def release_claims():
+    """Let other programs have the folders of runs that this process has claimed."""
+    while run_folder.claims:
+        _, descriptor = run_folder.claims.popitem()
+        os.close(descriptor)
+
 
 # ---- Small models ----------------------------------------------------------------------------------------
 

@@ -180,7 +180,7 @@ def test_a_base_is_recognised_when_its_files_are_spread_another_way(base, tmp_pa
 def test_a_model_whose_base_was_in_no_file_is_loaded_with_a_base_that_is_named(base, tmp_path):
     model = small_model()
     model.save(tmp_path / "run")
-    with pytest.raises(UserError, match="its pretrained model was not loaded from files; name the folder"):
+    with pytest.raises(UserError, match="was not loaded from files; give the folder .* --model FOLDER"):
         Ouroboros.load(tmp_path / "run")
     assert torch.equal(Ouroboros.load(tmp_path / "run", base=base)(tokens()), model(tokens()))
 
@@ -328,7 +328,28 @@ def test_a_model_that_other_code_saved_is_refused_with_the_tensor_that_is_missin
         tensors["gate.bias"] = tensors.pop("gate.linear.bias")
 
     change_saved_tensors(tmp_path / "run", another_name)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="was saved by other code: it has no gate.linear.bias"):
+        Ouroboros.load(tmp_path / "run")
+
+    def without_a_basis(tensors):
+        tensors["gate.linear.bias"] = tensors.pop("gate.bias")
+        del tensors["lora.v_proj.B"]
+
+    change_saved_tensors(tmp_path / "run", without_a_basis)
+    with pytest.raises(UserError, match="was saved by other code: it has no lora.v_proj.B"):
+        Ouroboros.load(tmp_path / "run")
+
+
+def test_a_part_that_this_code_does_not_have_is_not_dropped_without_a_word(base, tmp_path):
+    class Larger(Ouroboros):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            self.memory = torch.nn.Linear(2, 2)
+
+    model = Larger(Qwen.from_pretrained(base), rank=4)
+    Larger.__name__ = "Ouroboros"  # the class was changed, trained, and changed back
+    model.save(tmp_path / "run")
+    with pytest.raises(UserError, match="was saved by other code: it has memory.bias"):
         Ouroboros.load(tmp_path / "run")
 
 
@@ -343,6 +364,13 @@ def test_a_setting_or_a_file_of_other_code_is_named(base, tmp_path):
     for load in (Ouroboros.load, load_run):
         with pytest.raises(UserError, match="saved by other code: it holds no model"):
             load(tmp_path / "run")
+    about["model"].pop("num_layers")
+    write_checkpoint(tmp_path / "run", tensors, about)
+    with pytest.raises(UserError, match="saved by other code: it does not say its num_layers"):
+        load_run(tmp_path / "run")
+    save_file({"x": torch.zeros(1)}, tmp_path / "run" / "ouroboros.safetensors")
+    with pytest.raises(UserError, match="ouroboros.safetensors: was not saved by this program"):
+        load_run(tmp_path / "run")
 
 
 def test_a_mistake_in_changed_code_keeps_its_traceback(base, tmp_path, monkeypatch):
@@ -388,3 +416,14 @@ def test_the_newest_two_checkpoints_stay_and_what_others_put_there(tmp_path):
     prune_checkpoints(tmp_path, newest=15)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["step-0000010", "step-0000010-mine", "step-0000015"]
+
+
+@pytest.mark.parametrize(
+    "first_bad_step, left",
+    [(None, [15, 20]), (21, [15, 20]), (12, [10, 15, 20]), (11, [5, 15, 20]), (1, [15, 20])],
+)
+def test_the_newest_checkpoint_that_a_good_step_followed_stays(first_bad_step, left, tmp_path):
+    for step in (0, 5, 10, 15, 20):
+        step_folder(tmp_path, step).mkdir()
+    prune_checkpoints(tmp_path, 20, first_bad_step)
+    assert sorted(tmp_path.iterdir()) == [step_folder(tmp_path, step) for step in left]

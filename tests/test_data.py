@@ -298,5 +298,7 @@ def test_the_length_that_is_proposed_for_a_short_text_fits(characters, split, tm
 
 def test_a_tokenizer_without_an_end_of_text_token_is_refused(source):
     without = Tokenizer(models.WordLevel({"doc1": 0}, unk_token="doc1"))
-    with pytest.raises(UserError, match=r"the tokenizer has no <\|endoftext\|> token"):
+    with pytest.raises(
+        UserError, match=r"has no <\|endoftext\|> token, which ends a document; give --model another"
+    ):
         Batches(source, "train", without, 16)

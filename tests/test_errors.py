@@ -1,17 +1,40 @@
 """What a person can mend is one line and exit code 2; a bug keeps its traceback."""
 
+import errno
 import sys
 import zlib
 
 import pytest
 import torch
-from helpers import FixedBatches, folder_of, quick_run, small_model, small_qwen, tokens, training_options
+from helpers import (
+    FixedBatches,
+    folder_of,
+    quick_run,
+    small_model,
+    small_qwen,
+    tokens,
+    training_options,
+)
 
+import checkpoint
+import documents
+import hub
 import train
+from checkpoint import read_checkpoint, step_folder, write_checkpoint
 from data import Batches
-from files import FILE_ERRORS, UserError, exit_on_user_error, explaining, is_out_of_memory, read_json
+from documents import read_documents
+from files import (
+    FILE_ERRORS,
+    UserError,
+    exit_on_user_error,
+    explaining,
+    is_out_of_memory,
+    read_json,
+    replace_file,
+)
 from ouroboros import Ouroboros
 from patch import load_run
+from processes import is_lost_connection
 from qwen import Qwen
 
 # ---- One line --------------------------------------------------------------------------------------------
@@ -57,11 +80,14 @@ def exit_of(action, capsys) -> tuple[int, str]:
     [
         (UserError("name another folder"), "error: name another folder\n"),
         (OSError("the disk\nis gone"), "error: the disk is gone\n"),
-        (MemoryError(), "error: try a smaller --batch-size"),
-        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 1 GiB"), "error: try a smaller --batch-size"),
+        (MemoryError(), "error: out of memory; take a smaller model"),
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 1 GiB"),
+            "error: out of memory; take a smaller",
+        ),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: 99 bytes"),
-            "error: try a smaller --batch-size",
+            "error: out of memory; take a",
         ),
     ],
     ids=repr,
@@ -76,11 +102,29 @@ def test_what_a_person_can_mend_is_one_line_and_exit_code_2(error, line, capsys)
     assert printed.count("\n") == 1
 
 
+def test_where_memory_runs_out_a_program_says_which_of_its_options_helps(capsys):
+    def main():
+        raise MemoryError
+
+    with pytest.raises(SystemExit):
+        exit_on_user_error(main, "try a shorter --prompt")
+    assert capsys.readouterr().err == "error: out of memory; try a shorter --prompt: MemoryError\n"
+
+
 def test_ctrl_c_is_exit_code_130_without_a_word(capsys):
     def main():
         raise KeyboardInterrupt
 
     assert exit_of(main, capsys) == (130, "")
+
+
+def raising(bug):
+    """A function that raises the bug, in the place of one that a student has changed."""
+
+    def function(*arguments, **options):
+        raise bug
+
+    return function
 
 
 # ---- A traceback -----------------------------------------------------------------------------------------
@@ -113,9 +157,73 @@ def test_what_no_file_raises_keeps_its_traceback_even_while_a_file_is_read(bug):
     assert caught.value is bug
 
 
+@pytest.mark.parametrize("bug", [TypeError("Tensor is not JSON serializable"), ValueError("a bug")], ids=repr)
+def test_a_value_that_cannot_be_written_is_not_taken_for_a_full_disk(bug, tmp_path):
+    with pytest.raises(type(bug)) as caught:
+        replace_file(tmp_path / "file.txt", raising(bug))
+    assert caught.value is bug
+    with pytest.raises(TypeError):
+        train.append_row(tmp_path / "log.jsonl", {"loss": torch.zeros(1)})
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_tensor_that_cannot_be_saved_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(Ouroboros, "saved_tensors", lambda model: {"gate.bias": torch.zeros(2, 3).T})
+    with pytest.raises(ValueError, match="non contiguous"):
+        small_model().save(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["LongLine", "text_of_line"])
+def test_a_bug_in_reading_a_text_is_not_taken_for_a_damaged_text(name, tmp_path, monkeypatch):
+    (tmp_path / "text.jsonl").write_text('{"text": "' + "one " * 200_000 + '"}\n{"text": "two"}\n')
+    assert len(list(read_documents(tmp_path / "text.jsonl"))) > 2
+    bug = TypeError("a student's own")
+    monkeypatch.setattr(documents, name, raising(bug))
+    with pytest.raises(TypeError) as caught:
+        list(read_documents(tmp_path / "text.jsonl"))
+    assert caught.value is bug
+
+
+def test_a_bug_in_the_checksum_is_not_taken_for_a_damaged_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write_checkpoint(step_folder(tmp_path, step), {"x": torch.zeros(1)}, {"step": step})
+    bug = TypeError("a student's own")
+    monkeypatch.setattr(checkpoint, "checksum", raising(bug))
+    with pytest.raises(TypeError) as caught:
+        read_checkpoint(tmp_path)
+    assert caught.value is bug
+
+
+@pytest.mark.parametrize("called", ["hf_hub_download", "get_hf_file_metadata", "Tokenizer"])
+def test_a_bug_beside_the_hub_or_the_tokenizer_is_not_taken_for_theirs(called, pretrained, monkeypatch):
+    bug = TypeError("an argument that this version does not know")
+    if called == "Tokenizer":
+        monkeypatch.setattr(hub.Tokenizer, "from_file", raising(bug), raising=False)
+    else:
+        monkeypatch.setattr(hub, called, raising(bug))
+    with pytest.raises(TypeError) as caught:
+        if called == "Tokenizer":
+            hub.load_tokenizer(pretrained)
+        elif called == "hf_hub_download":
+            hub.locate("someone/model", "config.json")
+        else:
+            hub.size_to_fetch("someone/model", ["config.json"])
+    assert caught.value is bug
+
+
+def test_another_process_that_has_ended_is_told_from_a_bug_in_the_sum():
+    lost = "[../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer"
+    assert is_lost_connection(RuntimeError(lost))
+    assert is_lost_connection(RuntimeError("Timed out waiting 10800000ms for recv operation to complete"))
+    assert not is_lost_connection(RuntimeError("Tensors must be contiguous"))
+
+
 def test_memory_that_has_run_out_is_told_from_other_errors_about_memory():
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("MPS backend out of memory"))
+    assert is_out_of_memory(RuntimeError("unable to mmap 9 bytes from file <m>: Cannot allocate memory (12)"))
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(TypeError("out of memory"))
 
@@ -141,15 +249,6 @@ def test_a_bug_in_a_models_init_keeps_its_traceback_when_it_is_loaded(bug, tmp_p
     with pytest.raises(type(bug)) as caught:
         Student.load(tmp_path / "run")
     assert caught.value is bug
-
-
-def raising(bug):
-    """A function that raises the bug, in the place of one that a student has changed."""
-
-    def function(*arguments, **options):
-        raise bug
-
-    return function
 
 
 PLACES = [
@@ -195,3 +294,15 @@ def test_a_bug_in_loading_a_run_is_not_taken_for_a_damaged_file(tmp_path, monkey
     with pytest.raises(TypeError) as caught:
         load_run(tmp_path / "run")
     assert caught.value is bug
+
+
+@pytest.mark.parametrize(
+    "arguments, kind", [({"dtype": "float32"}, TypeError), ({"device": "nowhere"}, RuntimeError)], ids=str
+)
+def test_a_wrong_dtype_or_device_says_what_it_is(arguments, kind, tmp_path):
+    base = folder_of(small_qwen(), tmp_path / "base")
+    Ouroboros(Qwen.from_pretrained(base), rank=4).save(tmp_path / "run")
+    with pytest.raises(kind):
+        Ouroboros.load(tmp_path / "run", **arguments)
+    with pytest.raises(kind):
+        Qwen.from_pretrained(base, **arguments)

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOKENIZER, looped, small_tokenizer
+from helpers import TOKENIZER, FixedBatches, looped, small_model, small_tokenizer
 from safetensors.torch import load_file, save_file
 
 from data import Batches
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns, gap_recovered
+from files import UserError
 from ouroboros import Ouroboros
 from qwen import Qwen
+from report import print_results
 from sources import TextSource
 
 CPU = torch.device("cpu")
@@ -46,6 +48,21 @@ def test_no_sequence_is_evaluated_twice(pretrained, columns):
     total = columns["held-out"].at_most(10**6)
     expected = evaluate(model.loss, columns["held-out"], total, 4, CPU)
     assert evaluate(model.loss, columns["held-out"], total + 7, 4, CPU) == expected
+
+
+def test_an_evaluation_that_takes_long_shows_a_bar(pretrained, columns, options, capsys, monkeypatch):
+    model = looped(Qwen.from_pretrained(pretrained), rank=4, depth=2)
+    evaluate_baselines(model, None, columns, options, CPU)
+    assert capsys.readouterr().err == ""
+
+    monkeypatch.setattr("evaluate.BAR_DELAY", 0)  # as if every evaluation took long
+    evaluate_columns(model.loss, columns, options, CPU)
+    evaluate_baselines(model, None, columns, Namespace(**{**vars(options), "seq_len": 17}), CPU)
+    shown = capsys.readouterr().err
+    for name in ("the model, train", "the full model, held-out", "the cut model, train"):
+        assert f"evaluating {name}" in shown
+    assert "| 0/5" in shown
+    assert shown.endswith("\r")  # and nothing is left of it
 
 
 def test_an_evaluation_leaves_no_gradient(pretrained, columns, options):
@@ -117,3 +134,20 @@ def test_the_gap_recovered_is_the_share_of_the_way_from_the_cut_to_the_full_mode
     assert gap_recovered(results, "held-out") == 0.75
     results["ouroboros"]["held-out"] = 4.5
     assert gap_recovered(results, "held-out") == -0.25
+
+
+@pytest.mark.parametrize("full", [4.0, 4.5])
+def test_where_the_full_model_is_no_better_than_the_cut_one_there_is_no_share(full, capsys):
+    results = {"full": {"held-out": full}, "cut": {"held-out": 4.0}, "ouroboros": {"held-out": 3.0}}
+    assert gap_recovered(results, "held-out") is None
+    print_results(small_model(), results, 3)
+    assert "no gap: on this text the full model is no better" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_is_one_line():
+    def no_number(ids, targets):
+        return torch.tensor(float("nan"))
+
+    options = Namespace(eval_sequences=2, batch_size=2)
+    with pytest.raises(UserError, match="the model has a loss of nan on held-out text; try --dtype float32"):
+        evaluate_columns(no_number, {"held-out": FixedBatches()}, options, "cpu")

@@ -10,7 +10,10 @@ from helpers import ROOT
 
 # Each file imports only from files before it.
 ORDER = [
+    "threads",
+    "output",
     "files",
+    "run_folder",
     "device",
     "hub",
     "checkpoint",
@@ -74,6 +77,18 @@ def modules_after(statement: str) -> dict[str, str]:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
+def test_how_threads_wait_is_set_before_torch_reads_it(program, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    modules = list(modules_after(f"import {program}, os; assert os.environ['GOMP_SPINCOUNT'] == '30000'"))
+    assert modules.index("threads") < modules.index("torch")
+
+
+def test_a_picture_is_drawn_without_torch():
+    assert "torch" not in modules_after("import plot")  # which every run waits for at its end
 
 
 def test_importing_the_programs_brings_no_experiments_matplotlib_or_transformers():

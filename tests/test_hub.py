@@ -239,11 +239,12 @@ def test_what_is_not_on_the_hub_is_one_line(hub):
     code, line = fetch(hub, "some/one")
     assert code == 2
     assert line == (
-        "error: some/one: no folder here and no model on the Hub that you may read; check the name, log in"
+        "error: some/one: no folder here and no model on the Hub that you may read; check the name, or "
+        "log in: hf auth login"
     )
     code, line = fetch(hub, name="no.json")
     assert code == 2
-    assert line == "error: someone/model: this Hub repository has no no.json"
+    assert line.startswith("error: someone/model: this Hub repository has no no.json; name a model that has")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(hub):

@@ -19,6 +19,7 @@ from helpers import (
     log_rows,
     losses,
     quick_run,
+    release_claims,
     run,
     small_model,
     start,
@@ -49,8 +50,8 @@ def test_a_run_stopped_and_killed_and_resumed_ends_bit_for_bit_as_the_one_left_a
     assert f"python train.py --resume {out}" in printed
     code, _ = stop_at(start(*resume, "--save-every", 7), out, 50, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    code, printed = stop_at(start(*resume), out, 90, signal.SIGTERM)
-    assert code == 143
+    code, printed = stop_at(start(*resume), out, 90, signal.SIGHUP)
+    assert code == 129
     assert f"--resume {out}" in printed
     code, _ = stop_at(start(*resume), out, 130, signal.SIGINT, signal.SIGINT)
     assert code == 130
@@ -125,18 +126,42 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_one_ctrl_c_ends_the_training_with_a_whole_step_that_is_saved(tmp_path):
-    class Interrupting(FixedBatches):
-        def batch(self, first, size, device):
-            if first == 4:
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().batch(first, size, device)
+class Signalling(FixedBatches):
+    """Batches during whose second step a signal arrives."""
 
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def batch(self, first, size, device):
+        if first == 4:
+            os.kill(os.getpid(), self.number)
+        return super().batch(first, size, device)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_training_with_a_whole_step_that_is_saved_and_says_so_at_once(
+    number, tmp_path, capfd
+):
     options = training_options(tmp_path, save_every=100)
-    stopped_by = train.train(small_model(), Interrupting(), FixedBatches(), options, torch.device("cpu"))
-    assert stopped_by == signal.SIGINT
+    batches = Signalling(number)
+    stopped_by = train.train(small_model(), batches, FixedBatches(), options, torch.device("cpu"))
+    assert stopped_by == number
     assert len(losses(tmp_path)) == 2
     assert read_checkpoint(tmp_path)[1]["step"] == 2
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+def test_a_signal_that_nohup_has_switched_off_stays_off(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        options = training_options(tmp_path)
+        batches = Signalling(signal.SIGHUP)
+        assert train.train(small_model(), batches, FixedBatches(), options, torch.device("cpu")) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert read_checkpoint(tmp_path)[1]["step"] == options.steps
 
 
 def test_before_its_first_checkpoint_a_killed_run_can_be_started_again(pretrained, tmp_path):
@@ -157,16 +182,19 @@ def test_what_may_change_on_the_way_changes_and_the_rest_is_refused(pretrained, 
     succeed(*quick_run(pretrained, 6), "--out", out)
     for changed, message in (
         (["--rank", "5"], "--rank cannot change"),
-        (["--data", "python"], "--data cannot change"),
-        (["--no-gate"], "--gate cannot change"),
+        (["--no-gate"], "--no-gate cannot change: .*run began without it; leave it out"),
+        (["--patch"], "--patch cannot change: .*run began without it"),
+        (["--prelude", "1"], "--prelude cannot change: .*run began with the default"),
+        (["--depth", "3"], "--depth cannot change: .*run began with 2"),
         (["--seed", "1"], "--seed cannot change"),
-        (["--batch-size", "2"], "--batch-size times --accumulation stay 4"),
-        (["--steps", "5"], "--steps must be 6 or more"),
+        (["--batch-size", "2"], "a step of .*run has 4 sequences; give two numbers whose product is 4"),
+        (["--steps", "5"], "--steps 5: .*run has done 6 steps already; give 6 or more"),
         (["--out", "x"], "--out cannot change"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             parse_options(["--resume", str(out), *changed])
         assert "\n" not in str(caught.value)
+    release_claims()
     refused = run("train.py", "--resume", out, "--rank", 5)
     assert_refused_at_once(refused, "--rank cannot change")
 
@@ -189,7 +217,7 @@ def test_what_may_change_on_the_way_changes_and_the_rest_is_refused(pretrained, 
 
     write_text(text, 399)
     refused = run("train.py", "--resume", out)
-    assert_refused(refused, "not the text any more with which")
+    assert_refused(refused, f"{text}: not the text with which {out} began", "give --data with where")
 
 
 # ---- A disk that is full, a folder that goes, memory that runs out ---------------------------------------
@@ -249,7 +277,7 @@ def test_out_of_memory_ends_with_the_number_and_what_helps(pretrained, tmp_path)
     command = [sys.executable, ROOT / program, *options, "--device", "cpu"]
     shell = "ulimit -v 4000000; exec " + " ".join(map(str, command))
     result = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=600)
-    assert_refused(result, "error: try a smaller --batch-size")
+    assert_refused(result, "error: out of memory; try a smaller --batch-size")
     assert re.search(r"\d{6,} bytes", result.stderr.splitlines()[-1])
 
 
@@ -260,7 +288,13 @@ def test_a_run_goes_on_with_a_base_that_was_moved_and_not_with_a_changed_one(pre
     succeed(*quick_run(pretrained, 2), "--out", tmp_path / "run")
     moved = pretrained.rename(tmp_path / "moved")
     resume = ["train.py", "--resume", tmp_path / "run", "--steps", 3]
-    assert_refused_at_once(run(*resume), "no such folder")
+    advice = (
+        f"the pretrained model of {tmp_path / 'run'} is not there any more; add --model and where it lies"
+    )
+    assert_refused_at_once(run(*resume), f"{pretrained}: {advice}")
+    sample = ["sample.py", tmp_path / "run", "--prompt", "doc1"]
+    assert_refused_at_once(run(*sample), f"{pretrained}: no such folder any more", "--model FOLDER")
+    succeed(*sample, "--model", moved)
     succeed(*resume, "--model", moved)
     assert read_checkpoint(tmp_path / "run")[1]["step"] == 3
 
@@ -268,3 +302,46 @@ def test_a_run_goes_on_with_a_base_that_was_moved_and_not_with_a_changed_one(pre
     (moved / "config.json").write_text(json.dumps({**config, "rope_theta": 99.0}))
     changed = run("train.py", "--eval", tmp_path / "run")
     assert_refused(changed, "rope_theta in config.json is 99.0, and was 10000.0")
+
+
+# ---- A text that was moved -------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_a_text_that_was_moved_and_keeps_its_new_place(pretrained, tmp_path):
+    alone = tmp_path / "alone"
+    out = tmp_path / "run"
+    text = tmp_path / "text.txt"
+    succeed(*quick_run(pretrained, 6), "--out", alone)
+    command = quick_run(pretrained, 6)
+    code, _ = stop_at(start(*command, "--save-every", 1, "--out", out), out, 2, signal.SIGTERM)
+    assert code == 143
+    step = read_checkpoint(out)[1]["step"]
+
+    moved = text.rename(tmp_path / "moved.txt")
+    resume = ["train.py", "--resume", out]
+    for option in ("--resume", "--eval"):
+        message = f"{text}: the text of {out} is not there any more; add --data and where it lies now"
+        with pytest.raises(UserError, match=message):
+            parse_options([option, str(out)])
+    other = write_text(tmp_path / "other.txt", 399)
+    release_claims()
+    refused = run(*resume, "--data", other)
+    assert_refused(refused, f"{other}: not the text with which {out} began")
+    assert read_checkpoint(out)[1]["step"] == step  # refused before any training
+
+    printed = succeed(*resume, "--data", moved)
+    assert f"continuing at step {step} of 6" in printed
+    assert_same_end(alone, out)
+    assert read_checkpoint(out)[1]["options"]["data"] == str(moved)
+    succeed(*resume, "--steps", 7)  # the new place is known now
+    assert "this is another text" not in succeed("train.py", "--eval", out)
+    assert "this is another text" in succeed("train.py", "--eval", out, "--data", other)
+
+
+def test_a_link_at_the_old_place_of_base_and_text_is_no_change(pretrained, tmp_path):
+    out = tmp_path / "run"
+    succeed(*quick_run(pretrained, 2), "--out", out)
+    for place in (pretrained, tmp_path / "text.txt"):
+        place.symlink_to(place.rename(place.with_name(f"moved-{place.name}")))
+    succeed("train.py", "--resume", out, "--steps", 3)
+    succeed("train.py", "--eval", out)

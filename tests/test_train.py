@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from helpers import (
     quick_run,
     run,
     small_model,
+    small_patched,
     succeed,
     training_options,
     write_text,
@@ -29,9 +31,13 @@ from helpers import (
 import train
 from checkpoint import read_checkpoint, step_folder
 from data import Batches
-from files import exit_on_user_error
+from device import pick_dtype
+from evaluate import EVALUATION_SEED, evaluate
+from files import UserError, exit_on_user_error
+from hub import load_tokenizer
 from options import parse_options
-from report import print_text
+from patch import load_run
+from report import print_skipped_steps, print_text, readable_time
 from sources import open_source
 
 # ---- A run -----------------------------------------------------------------------------------------------
@@ -60,6 +66,13 @@ def test_the_text_is_counted_before_training_and_a_small_one_is_warned_of(finish
         assert re.search(rf"{name}: [\d,]+ documents, [\d,]+ tokens, [\d,]+ sequences\n", before_training)
     assert re.search(r"warning: held-out text of \d+ sequences is too little", before_training)
     assert "warning: training text" not in before_training
+
+
+def test_a_short_training_is_announced_in_seconds(finished):
+    assert re.search(r"\n60 steps of 1 x 4 x 32 tokens, about [1-9]\d* s\n", finished.printed)
+    assert readable_time(99.4) == "99 s"
+    assert readable_time(150) == "2 min"
+    assert readable_time(3 * 3600) == "3.0 h"
 
 
 def test_it_is_said_where_an_evaluation_has_fewer_sequences_than_were_asked_for(tmp_path, capsys):
@@ -127,6 +140,27 @@ def test_an_evaluation_may_take_another_text_and_changes_nothing(finished, tmp_p
     assert everything() == before
 
 
+def test_an_evaluation_may_take_another_depth_and_changes_nothing(finished):
+    def everything():
+        return {path: path.read_bytes() for path in finished.out.rglob("*") if path.is_file()}
+
+    before = everything()
+    printed = succeed("train.py", "--eval", finished.out, "--depth", 3)
+    assert f"the loop takes 3 steps here; {finished.out} was trained with 2" in printed
+    assert table_of(printed)[:3] == table_of(finished.printed)[:3]  # the full and the cut model have no loop
+    (row,) = (line for line in table_of(printed) if line.startswith("ouroboros, depth 3"))
+
+    options, _ = parse_options(["--eval", str(finished.out), "--depth", "3", "--device", "cpu"])
+    device = torch.device("cpu")
+    model = load_run(finished.out, dtype=pick_dtype("auto", device))
+    tokenizer = load_tokenizer(finished.pretrained)
+    source = open_source(options.data)
+    held_out = Batches(source, "val", tokenizer, options.seq_len, seed=EVALUATION_SEED)
+    loss = evaluate(partial(model.loss, depth=3), held_out, options.eval_sequences, 4, device)
+    assert row.split()[-1] == f"{loss:.3f}"
+    assert everything() == before
+
+
 def table_of(printed: str) -> list[str]:
     """The lines of the results table."""
     lines = printed.splitlines()
@@ -142,8 +176,25 @@ def test_a_trained_run_continues_a_prompt(finished):
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
 def test_the_picture_can_be_drawn_again(finished):
     (finished.out / "loss.png").unlink()
-    succeed("plot.py", finished.out)
+    assert str(finished.out / "loss.png") in succeed("plot.py", finished.out)
     assert (finished.out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
+def test_the_picture_of_a_run_that_has_not_ended_can_be_drawn(tmp_path):
+    options = training_options(tmp_path, steps=5, eval_every=2)
+    train.train(small_model(), FixedBatches(empty=[3]), FixedBatches(), options, torch.device("cpu"))
+    assert not (tmp_path / "results.json").exists()
+    succeed("plot.py", tmp_path)
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_that_cannot_be_drawn_fails_no_run(pretrained, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('no such package')")
+    command = [*quick_run(pretrained, 2), "--out", tmp_path / "run"]
+    printed = succeed(*command, env={"PYTHONPATH": str(tmp_path)})
+    assert "loss.png was not drawn (ImportError: no such package)" in printed
+    assert (tmp_path / "run" / "results.json").exists()
 
 
 def test_nothing_saved_is_overwritten(finished):
@@ -176,14 +227,38 @@ def test_the_rate_rises_and_then_falls_to_zero_along_a_cosine():
 
 def test_the_step_norm_has_a_rate_of_its_own():
     options = training_options(None, norm_lr_scale=50.0)
-    parameters = small_model().trained_parameters()
-    optimizer = train.make_optimizer(parameters, options, torch.device("cpu"))
+    model = small_model()
+    parameters = model.trained_parameters()
+    optimizer = train.make_optimizer(model, options, torch.device("cpu"))
     scales = {}
     for name, group in zip(parameters, optimizer.param_groups, strict=True):
         assert group["params"] == [parameters[name]]
         scales[name] = group["scale"]
     assert scales.pop("step_norm.weight") == 50.0
     assert set(scales.values()) == {1.0}
+
+
+def decaying(model) -> set[str]:
+    """The trained parameters that AdamW shrinks."""
+    optimizer = train.make_optimizer(model, training_options(None), torch.device("cpu"))
+    names = set()
+    for name, group in zip(model.trained_parameters(), optimizer.param_groups, strict=True):
+        if group["weight_decay"] > 0:
+            names.add(name)
+    return names
+
+
+def test_only_matrices_decay():
+    paper = {
+        name for name in small_model().trained_parameters() if name.endswith(".weight") and "norm" not in name
+    }
+    assert decaying(small_model()) == paper - {"controller.step_embedding.weight"}
+    assert "gate.linear.weight" in paper
+    assert decaying(small_model(modulation="static")) == {"gate.linear.weight"}
+
+    patched = small_patched()
+    assert {"seam_in.P.weight", "coda_adapters.0.A.q_proj.weight"} <= decaying(patched)
+    assert not any("norm_change" in name or name == "opening" for name in decaying(patched))
 
 
 def test_a_step_without_a_number_changes_nothing_and_is_logged(tmp_path):
@@ -208,10 +283,50 @@ def test_nine_steps_without_a_number_and_nine_more_do_not_end_a_run(tmp_path):
     assert skipped == [False, *[True] * 9, False, *[True] * 9, False]
 
 
-def test_ten_steps_without_a_number_end_the_run_with_what_to_try(pretrained, tmp_path):
+def test_ten_steps_without_a_number_end_the_run_and_a_good_checkpoint_stays(tmp_path):
+    batches = FixedBatches(empty=range(5, 15))  # steps 6 to 15, counted from 1
+    options = training_options(tmp_path, steps=20)
+    advice = "--resume .*/step-0000004 --lr 0.003"
+    with pytest.raises(UserError, match=f"ten steps in a row had no finite loss.*{advice}"):
+        train.train(small_model(), batches, FixedBatches(), options, torch.device("cpu"))
+    left = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert left == ["step-0000004", "step-0000014", "step-0000015"]
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run_with_a_whole_checkpoint(tmp_path):
+    options = training_options(tmp_path, steps=20, eval_every=3)
+    held_out = FixedBatches(empty=[0])
+    with pytest.raises(
+        UserError, match="after step 3 the held-out loss is not finite; try --resume .*step-0000001"
+    ):
+        train.train(small_model(), FixedBatches(), held_out, options, torch.device("cpu"))
+    assert log_rows(tmp_path)[-1]["held_out"] is None
+    left = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert left == ["step-0000001", "step-0000002", "step-0000003"]
+
+
+def test_the_good_checkpoint_stays_when_a_resumed_run_diverges(pretrained, tmp_path):
     out = tmp_path / "run"
-    result = run(*quick_run(pretrained, 40), "--lr", 1e9, "--norm-lr-scale", 1e9, "--out", out)
-    assert_refused(result, "error: ten steps in a row had no finite loss", f"--resume {out}")
+    succeed(*quick_run(pretrained, 21), "--save-every", 3, "--out", out)
+    good = read_checkpoint(step_folder(out, 21))
+    diverging = run("train.py", "--resume", out, "--steps", 60, "--lr", 1e9)
+    advice = f"--resume {step_folder(out, 21)} --lr 3e+08"
+    assert_refused(diverging, "finite", advice)
+    after = read_checkpoint(step_folder(out, 21))
+    assert after[1] == good[1]
+    assert torch.equal(after[0]["gate.linear.bias"], good[0]["gate.linear.bias"])
+
+    refused = run("sample.py", out, "--prompt", "doc1", "--temperature", 1)
+    assert_refused(refused, "its logits are not finite", "earlier checkpoint")
+    printed = succeed("train.py", "--resume", step_folder(out, 21), "--steps", 24, "--lr", 1e-4)
+    assert "gap recovered" in printed
+
+
+def test_a_run_with_a_step_that_was_skipped_says_so_at_its_end(capsys):
+    print_skipped_steps([{"step": 1, "loss": 2.0}])
+    assert capsys.readouterr().out == ""
+    print_skipped_steps([{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}])
+    assert "1 of 2 steps had no finite loss and changed no weight" in capsys.readouterr().out
 
 
 # ---- Options ---------------------------------------------------------------------------------------------
@@ -272,6 +387,7 @@ def test_help_names_for_every_option_the_default_that_holds(arguments, capsys, m
     entries = help_of(capsys, monkeypatch, *arguments)
     options = vars(parsed(*arguments))
     del options["device"]  # it is given
+    del options["name"]  # it is made of the others
     if "--steps" in arguments:
         del options["steps"]
         del options["warmup"]  # its sentence says that it is at most half of all steps
@@ -313,21 +429,6 @@ def test_help_on_a_saved_run_names_its_own_options(finished, capsys, monkeypatch
     assert "Default: 60." in entries["--steps"]
     assert "Default: 4." in entries["--rank"]
     assert f"Default: {finished.pretrained}." in entries["--model"]
-
-
-def test_a_run_without_a_name_takes_the_first_that_is_free(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = parsed("--model", "some/model-1B", "--depth", "2", "--rank", "4")
-    names = []
-    for _ in range(3):
-        folder = train.free_folder(options)
-        folder.mkdir(parents=True)
-        names.append(folder.as_posix())
-    assert names == [
-        "runs/model-1B-depth2-rank4",
-        "runs/model-1B-depth2-rank4-2",
-        "runs/model-1B-depth2-rank4-3",
-    ]
 
 
 # ---- What is refused -------------------------------------------------------------------------------------
@@ -372,6 +473,28 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, tmp_pa
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--depth", 65], "depth 65: give a whole number from 1 to 64"),
+        (["--rank", 5000], "rank 5000 does not fit this model: its smallest projection allows 1 to 16"),
+        (["--rank", 17, "--patch", "--modulation", "static"], "allows 1 to 16"),
+        (["--prelude", 5], "is not a cut of 6 layers"),
+        (["--seq-len", 100_000], "the training text is too short"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused_before_the_weights_are_read(
+    arguments, message, pretrained, empty_cache, tmp_path
+):
+    (pretrained / "model.safetensors").unlink()
+    command = [*quick_run(pretrained, 2), "--out", tmp_path / "run"]
+    assert_refused_at_once(run(*command, *arguments), message)
+    if arguments[0] != "--seq-len":
+        assert not empty_cache.exists()  # nor is anything tokenized
+    assert_refused(run(*command), "model.safetensors: no such file")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
         (["--eval", "nowhere"], "nowhere: no such run"),
         (["--resume", "nowhere", "--rank", "4"], "nowhere: no such run"),
         (["--resume", "a", "--eval", "b"], "not allowed with"),
@@ -395,7 +518,7 @@ def assert_main_refuses(arguments: list[str], message: str, tmp_path, monkeypatc
     assert message in error
     assert re.match("(train.py: )?error: ", error)
     assert error.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("runs/*/*"))
 
 
 @pytest.mark.parametrize(
