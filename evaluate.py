@@ -6,6 +6,7 @@ of the model, of the full model it was cut from, and of the cut model.
 import hashlib
 import json
 import math
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,55 +22,52 @@ BAR_DELAY = 1  # seconds; a shorter evaluation shows no bar
 
 
 @torch.no_grad()
-def evaluate(loss_of, batches: Batches, sequences: int, batch_size: int, device, name="the model") -> float:
-    """The mean cross entropy, in nats per target, over the first `sequences` sequences of `batches`.
+def evaluate(loss_of, batches: Batches, sequences: int, device, first=0, name="the model") -> list[float]:
+    """The cross entropy of so many sequences of `batches`, in nats per target: one number for each sequence.
 
-    loss_of(ids, targets) returns the mean over a batch. In a text with fewer sequences, each is read once.
-    name: what is evaluated, for the bar.
+    loss_of(ids, targets) returns the mean over a batch, which here is one sequence. first: the number of the
+    first sequence. Of a text with fewer sequences, each is read once. name: what is evaluated, for the bar.
     """
-    sequences = batches.at_most(sequences)
-    total = torch.zeros((), device=device)
+    numbers = range(first, batches.at_most(first + sequences))
+    losses = []
     with tqdm(
-        total=sequences,
+        numbers,
         desc=f"evaluating {name}",
         unit=" sequences",
         leave=False,
         delay=BAR_DELAY,
         disable=RANK > 0,
     ) as bar:
-        for first in range(0, sequences, batch_size):
-            size = min(batch_size, sequences - first)
-            ids, targets = batches.batch(first, size, device)
-            total += loss_of(ids, targets) * size
-            total.item()  # waits for the device, so that the bar tells what is done
-            bar.update(size)
-    return total.item() / sequences
+        for n in bar:
+            ids, targets = batches.batch(n, 1, device)  # [1, T] each
+            losses.append(loss_of(ids, targets).item())
+    return losses
 
 
 def evaluate_columns(
     loss_of, columns: dict[str, Batches], args, device, name="the model"
-) -> dict[str, float]:
-    """{column: loss} for each column of the results table. name: what is evaluated, for the bar.
+) -> dict[str, list[float]]:
+    """{column: losses of the sequences} for each column of the results table. name: what is evaluated.
 
     Raises UserError if a loss is not finite.
     """
     losses = {}
     for column, batches in columns.items():
         bar_name = f"{name}, {column}"
-        loss = evaluate(loss_of, batches, args.eval_sequences, args.batch_size, device, bar_name)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"{name} has a loss of {loss} on {column} text; try --dtype float32, or a smaller --lr"
-            )
-        losses[column] = loss
+        losses[column] = evaluate(loss_of, batches, args.eval_sequences, device, name=bar_name)
+        for loss in losses[column]:
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"{name} has a loss of {loss} on {column} text; try --dtype float32, or a smaller --lr"
+                )
     return losses
 
 
 def evaluate_baselines(
     model: Ouroboros, qwen: Qwen | None, columns: dict[str, Batches], args, device
 ) -> dict:
-    """{"full": {column: loss}, "cut": {column: loss}}, measured once for a model, a text and a setting,
-    then kept.
+    """{"full": {column: losses}, "cut": {column: losses}}, as in evaluate_columns, measured once for a model,
+    a text and a setting, then kept.
 
     qwen: the full model; None if it is not loaded, then it is loaded here if its losses are not in the
     cache. The losses of a model that was not loaded from files are not kept.
@@ -83,7 +81,7 @@ def evaluate_baselines(
         "computed in": [device.type, str(dtype)],
     }
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    path = cache_folder() / "baselines" / f"{name}.json"
+    path = cache_folder() / "baseline-losses" / f"{name}.json"
 
     if model.fingerprint is None or not path.exists():
         print("evaluating the full and the cut model, once for this model and text", flush=True)
@@ -100,13 +98,56 @@ def evaluate_baselines(
         return {"full": losses["full"], "cut": losses["cut"]}
 
 
-def gap_recovered(results: dict, column: str) -> float | None:
-    """The share of the loss between the cut and the full model that training has recovered.
+# ---- Means and their standard errors ---------------------------------------------------------------------
+#
+# The standard errors are those over sequences: how much another sample of the same text might change a mean.
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error, which is nan for a single sequence."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.error:.3f}"
+
+    def percent(self) -> str:
+        return f"{self.mean:.1%} ± {self.error:.1%}".replace("% ±", " ±")
+
+
+def mean_loss(losses: list[float]) -> Estimate:
+    """The mean over sequences."""
+    values = torch.tensor(losses, dtype=torch.float64)
+    return Estimate(values.mean().item(), standard_error(values))
+
+
+def paired_difference(losses: list[float], others: list[float]) -> Estimate:
+    """The mean of losses - others on the same sequences.
+
+    Its error is smaller than that of either mean: a sequence that is hard for one model is hard for both.
+    """
+    return mean_loss([loss - other for loss, other in zip(losses, others, strict=True)])
+
+
+def gap_recovered(results: dict, column: str, name="ouroboros") -> Estimate | None:
+    """The share s of the loss between the cut and the full model that the model `name` has recovered.
 
     1 is the full model. None if the full model is no better than the cut one, so that there is no gap.
     """
-    full = results["full"][column]
-    cut = results["cut"][column]
-    if full >= cut:
+    full = torch.tensor(results["full"][column], dtype=torch.float64)
+    cut = torch.tensor(results["cut"][column], dtype=torch.float64)
+    model = torch.tensor(results[name][column], dtype=torch.float64)
+    gap = (cut - full).mean().item()
+    if gap <= 0:
         return None
-    return (cut - results["ouroboros"][column]) / (cut - full)
+    share = (cut - model).mean().item() / gap
+    deviations = (cut - model) - share * (cut - full)  # of each sequence; the error of a ratio of two means
+    return Estimate(share, standard_error(deviations) / gap)
+
+
+def standard_error(values) -> float:
+    """The standard deviation of the mean of independent values [N]."""
+    if len(values) < 2:
+        return math.nan
+    return values.std().item() / math.sqrt(len(values))

@@ -28,6 +28,8 @@ def plot_losses(run: Path):
         results = read_json(run / "results.json")
         for name, style in (("cut", ":"), ("full", "--")):
             loss = results[name]["held-out"]
+            if isinstance(loss, list):  # of each sequence; older runs have the mean
+                loss = sum(loss) / len(loss)
             axes.axhline(loss, color="black", linestyle=style, label=f"{name} model, held-out")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=run.name)
     axes.legend()

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import constants
 
 from data import Batches
-from evaluate import gap_recovered
+from evaluate import gap_recovered, mean_loss
 from hub import BUILT_IN, read_config, size_to_fetch, weight_names
 from ouroboros import Ouroboros
 from processes import WORLD_SIZE
@@ -150,17 +150,18 @@ def print_results(model: Ouroboros, results: dict, depth: int):
     print()
     print_row("", columns)
     for key, name in names.items():
-        print_row(name, [f"{results[key][column]:.3f}" for column in columns])
+        print_row(name, [str(mean_loss(results[key][column])) for column in columns])
 
     shares = [gap_recovered(results, column) for column in columns]
-    print_row("gap recovered", ["no gap" if share is None else f"{share:.1%}" for share in shares])
+    print_row("gap recovered", ["no gap" if share is None else share.percent() for share in shares])
     if None in shares:
         print("no gap: on this text the full model is no better than the cut one")
+    print("Losses are in nats per token, with their standard error over the sequences.")
 
 
 def print_row(name: str, cells: list[str]):
     """Print a row of the results table."""
-    print(f"{name:24}" + "".join(f"{cell:>15}" for cell in cells))
+    print(f"{name:24}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 def print_skipped_steps(log: list[dict]):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from checkpoint import newest_good_checkpoint, optimizer_tensors, prune_checkpoints, restore_optimizer
 from data import Batches
 from device import pick_device, pick_dtype
-from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns
+from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns, mean_loss
 from fast import keep_freed_memory, recompute_activations, try_to_compile
 from files import UserError, exit_on_user_error, write_json
 from hub import load_tokenizer
@@ -223,9 +223,8 @@ def train(model, batches, held_out, options, device, checkpoint=None, loss_of=No
             is_last = step + 1 == options.steps
             if RANK == 0:
                 if (step + 1) % options.eval_every == 0 or is_last:
-                    held_out_loss = evaluate(
-                        model.loss, held_out, options.eval_sequences, options.batch_size, device
-                    )
+                    losses = evaluate(model.loss, held_out, options.eval_sequences, device)
+                    held_out_loss = mean_loss(losses).mean
                     row["held_out"] = held_out_loss if math.isfinite(held_out_loss) else None
                     bar.write(f"step {step + 1}: held-out loss {held_out_loss:.3f}")
                 append_row(options.out, row)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import Batches
-from evaluate import evaluate
+from evaluate import evaluate, mean_loss
 from files import UserError, exit_on_user_error, replace_file
 from hub import END_OF_TEXT, load_tokenizer
 from qwen import Config, Qwen
@@ -170,8 +170,8 @@ def train(model: Qwen, batches: Batches, held_out: Batches, steps: int, args):
             speed = (step + 1) * LENGTH * BATCH / (time.time() - started)
             print(f"step {step + 1}/{steps}  loss {mean:.4f}  {speed:.0f} tokens/s", flush=True)
         if (step + 1) % 500 == 0 or is_last:
-            held_out_loss = evaluate(model.loss, held_out, HELD_OUT_SEQUENCES, BATCH, "cpu")
-            print(f"held-out {held_out_loss:.4f}", flush=True)
+            losses = evaluate(model.loss, held_out, HELD_OUT_SEQUENCES, "cpu")
+            print(f"held-out {mean_loss(losses)}", flush=True)
             save_weights(model, args.out)
 
 
