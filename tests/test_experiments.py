@@ -1,6 +1,7 @@
 """The models of experiments/ are what they say, and the published tables are those of their logs."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from helpers import (
 )
 
 from experiments.paper_tables import write_all
+from experiments.smollm2 import LAYER_NAMES, prose, write_model, write_text
 from experiments.variants import Alternative, DrawnDepth, LowRank, RandomBases, Rounded, Seams
+from hub import load_tokenizer
 from ouroboros import Ouroboros
 from qwen import PROJECTIONS, Qwen, rotary_at
 
@@ -190,3 +193,76 @@ def test_the_tables_in_the_repository_are_those_of_the_logs_beside_them(model, t
     write_all(again)
     assert (again / "tables.md").read_text() == (results / "tables.md").read_text()
     assert {path.name for path in again.iterdir()} == {path.name for path in results.iterdir()}
+
+
+# ---- SmolLM2 ---------------------------------------------------------------------------------------------
+
+# The fields of a GGUF file that holds a model of the sizes of SMALL.
+GGUF_METADATA = {
+    "llama.embedding_length": 32,
+    "llama.feed_forward_length": 48,
+    "llama.block_count": 6,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+    "llama.context_length": 512,
+    "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
+    "llama.rope.freq_base": 10000.0,
+    "tokenizer.ggml.tokens": ["<|endoftext|>", *(chr(33 + i) for i in range(94)), "ab", "12"],
+    "tokenizer.ggml.token_type": [3] + [1] * 96,
+    "tokenizer.ggml.merges": ["a b", "1 2"],
+    "tokenizer.ggml.bos_token_id": 0,
+    "tokenizer.ggml.eos_token_id": 0,
+}
+
+
+def gguf_weights(qwen: Qwen) -> dict:
+    """The weights of a model under the names and in the order of a GGUF file: rotary pairs are neighbours."""
+    state = qwen.state_dict()
+    weights = {"token_embd.weight": state["embed_tokens.weight"], "output_norm.weight": state["norm.weight"]}
+    for i in range(qwen.config.num_hidden_layers):
+        for name, hub_name in LAYER_NAMES.items():
+            weight = state[f"layers.{i}.{hub_name}.weight"]
+            if name in ("attn_q", "attn_k"):
+                rows = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # of one head of 8 channels
+                heads = len(weight) // 8
+                weight = weight[torch.cat([rows + 8 * head for head in range(heads)])]
+            weights[f"blk.{i}.{name}.weight"] = weight
+    return weights
+
+
+@torch.no_grad()
+def test_a_model_comes_back_from_the_tensors_of_a_gguf_file(tmp_path):
+    qwen = small_qwen(config=replace(SMALL, rms_norm_eps=1e-5, attention_bias=False))
+    write_model(GGUF_METADATA, gguf_weights(qwen), tmp_path)
+    again = Qwen.from_pretrained(tmp_path)
+    assert again.config == replace(qwen.config, eos_token_id=(0,))
+    assert torch.equal(again(tokens()), qwen(tokens()))
+
+
+def test_the_tokenizer_of_a_gguf_file_merges_letters_and_no_digits(tmp_path):
+    write_model(GGUF_METADATA, gguf_weights(small_qwen()), tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("ab12<|endoftext|>").tokens == ["ab", "1", "2", "<|endoftext|>"]
+    assert tokenizer.decode(tokenizer.encode("ab12<|endoftext|>").ids) == "ab12"
+
+
+def test_prose_is_what_a_page_says_outside_its_head_code_tables_and_menus():
+    html = """<html><head><title>Title</title></head><body><nav><p>Menu</p></nav>
+        <h1>Heading</h1><p>First &amp;   <b>second</b>.</p><pre>code</pre><table><tr><td>cell</table>
+        <p>Third.</p><script>run()</script></body></html>"""
+    assert prose(html) == "Heading\nFirst & second.\n\nThird."
+
+
+def test_a_text_has_each_long_page_once_and_few_of_them_are_held_out(tmp_path):
+    contents = {"short.html": "<p>short</p>", "genindex-A.html": "<p>an index</p>" * 200}
+    for i in range(100):
+        contents[f"page{i}.html"] = f"<p>number {i} of</p>" + "<p>a long page</p>" * 200
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    write_text([tmp_path / name for name in contents], tmp_path)
+
+    train = (tmp_path / "train.txt").read_text().split("\n<|endoftext|>\n")
+    val = (tmp_path / "val.txt").read_text().split("\n<|endoftext|>\n")
+    assert 1 <= len(val) <= 12
+    first_lines = [text.splitlines()[0] for text in train + val]
+    assert sorted(first_lines) == sorted(f"number {i} of" for i in range(100))
