@@ -128,8 +128,8 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
         model,
         "--patch",
         "Go past the paper (patch.py): train a matrix at each seam of the cut, and an opening of the loop "
-        "instead of gate and step norm. This changes the defaults of --depth, --modulation, "
-        "--train-coda and --lr.",
+        "instead of gate and step norm. This changes the defaults of --depth, --modulation, --train-coda, "
+        "--prelude, --recurrent, --coda, --lr, --seam-tokens and --distill.",
         action="store_true",
     )
     option(
@@ -144,7 +144,7 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
         model,
         "--prelude",
         "The number of layers kept at the start.",
-        default="8/36 of all layers",
+        default="8/36 of all layers; with --patch, 1/10",
         paper="8 of 36",
         type=int,
     )
@@ -152,7 +152,7 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
         model,
         "--recurrent",
         "The number of the looped layer, counted from 0.",
-        default="half of the number of layers",
+        default="half of the number of layers; with --patch, 4/10",
         paper="18 of 36",
         type=int,
     )
@@ -160,7 +160,7 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
         model,
         "--coda",
         "The number of layers kept at the end.",
-        default="8/36 of all layers",
+        default="8/36 of all layers; with --patch, so many that as many layers are kept",
         paper="8 of 36",
         type=int,
     )

@@ -9,7 +9,7 @@
 A seam is a place where a layer now gets another state than the one it was trained on. A d x d matrix P at
 each seam mends much of that (LinearPatch, arXiv 2505.24680, has one). An opening o replaces gate and step
 norm. An adapter, which is a LoRA (arXiv 2106.09685) and a change of the norms' weights, trains the kept
-layers a little.
+layers a little. As many layers are kept as in the paper, but fewer of the first ones (patch_cut).
 
 At the start P = 0, o_0 = 1, o_t = 0 for later steps, and the adapters change nothing: a new model is exactly
 the cut model. mend_seams then gives P_in and P_out a better start, without a step of training.
@@ -21,12 +21,27 @@ from torch import nn
 from checkpoint import read_checkpoint
 from fast import head_distillation
 from files import UserError
-from ouroboros import LoopCache, Ouroboros, TrainedLinear, check_choice
+from ouroboros import LoopCache, Ouroboros, TrainedLinear, check_choice, default_cut
 from qwen import Qwen, apply_projection, rotary_at
 from saving import saved_model
 
 # The rank of the adapters, by train_coda. At rank 0 only the norms' weights change.
 ADAPTER_RANK = {"norms": 0, "lora": 4, "all": 2}
+
+
+def patch_cut(num_layers: int, prelude=None, recurrent=None, coda=None) -> dict:
+    """The layers that are kept, with defaults instead of None: as many as in the paper, and other ones.
+
+    A tenth of the layers is kept at the start, one after four tenths, and the rest at the end. With seams in
+    closed form this was the best cut of both models of RESULTS.md, which experiments/cuts.py found.
+    """
+    first, _, last = default_cut(num_layers)
+    default_prelude = max(1, round(num_layers / 10))
+    return {
+        "prelude": default_prelude if prelude is None else prelude,
+        "recurrent": round(num_layers * 4 / 10) if recurrent is None else recurrent,
+        "coda": first + last - default_prelude if coda is None else coda,
+    }
 
 
 class Seam(nn.Module):
@@ -88,11 +103,25 @@ class Patched(Ouroboros):
 
     seams: whether matrices at the seams and an opening take the place of gate and step norm; without them
     the paper's loop stays as it is. train_coda: "none", "norms" (the norms' weights of the coda), "lora"
-    (and a LoRA of rank 4 on it) or "all" (both, with rank 2, on every kept layer). The other arguments
-    are those of Ouroboros.
+    (and a LoRA of rank 4 on it) or "all" (both, with rank 2, on every kept layer). With seams, prelude,
+    recurrent and coda are by default those of patch_cut. The other arguments are those of Ouroboros.
     """
 
-    def __init__(self, qwen: Qwen, seams=True, train_coda="all", gate=True, step_norm=True, **settings):
+    def __init__(
+        self,
+        qwen: Qwen,
+        seams=True,
+        train_coda="all",
+        gate=True,
+        step_norm=True,
+        prelude=None,
+        recurrent=None,
+        coda=None,
+        **settings,
+    ):
+        settings.update(prelude=prelude, recurrent=recurrent, coda=coda)
+        if seams:
+            settings.update(patch_cut(qwen.config.num_hidden_layers, prelude, recurrent, coda))
         super().__init__(qwen, gate=gate and not seams, step_norm=step_norm and not seams, **settings)
         check_choice("train_coda", train_coda, ("none", *ADAPTER_RANK))
         self.settings.update(seams=seams, train_coda=train_coda, gate=gate, step_norm=step_norm)

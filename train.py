@@ -32,7 +32,7 @@ from files import UserError, exit_on_user_error, write_json
 from hub import load_tokenizer
 from options import parse_options
 from ouroboros import Ouroboros, checked_arguments
-from patch import Patched, distillation_loss, full_model_of, load_run, mend_seams
+from patch import Patched, distillation_loss, full_model_of, load_run, mend_seams, patch_cut
 from processes import (
     RANK,
     StopSignals,
@@ -65,7 +65,7 @@ def main():
     source = open_source(options.data)  # here, so that a wrong path is told before anything slow
     config = Config.from_pretrained(options.model)
     if checkpoint is None:
-        checked_arguments(config, **loop_settings(options))  # before the weights are fetched and read
+        checked_arguments(config, **loop_settings(options, config))  # before the weights are fetched and read
         if RANK == 0:  # only the first process writes
             options.out = claim_new_folder(options.out, options.name)
     keep_freed_memory()
@@ -285,15 +285,19 @@ def learning_rate(step: int, options) -> float:
 # ---- Before training -------------------------------------------------------------------------------------
 
 
-def loop_settings(options) -> dict:
+def loop_settings(options, config: Config) -> dict:
     """The arguments of Ouroboros that have to fit the pretrained model."""
     names = ("prelude", "recurrent", "coda", "rank", "depth", "modulation", "pool")
-    return {name: getattr(options, name) for name in names}
+    settings = {name: getattr(options, name) for name in names}
+    if options.patch:
+        cut = patch_cut(config.num_hidden_layers, options.prelude, options.recurrent, options.coda)
+        settings.update(cut)
+    return settings
 
 
 def new_model(qwen: Qwen, options) -> Ouroboros:
     """The model that the options ask for. Raises UserError for options that leave nothing to train."""
-    settings = dict(loop_settings(options), gate=options.gate, step_norm=options.step_norm)
+    settings = dict(loop_settings(options, qwen.config), gate=options.gate, step_norm=options.step_norm)
     if options.patch or options.train_coda != "none":
         model = Patched(qwen, seams=options.patch, train_coda=options.train_coda, **settings)
     else:

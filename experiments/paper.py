@@ -193,7 +193,7 @@ def train_and_measure(run: Run, study: Study):
 
 def new_model(run: Run, qwen: Qwen, options) -> Ouroboros:
     """The untrained model of a run, by train.py's options and the settings of its class."""
-    settings = dict(loop_settings(options), gate=options.gate, step_norm=options.step_norm)
+    settings = dict(loop_settings(options, qwen.config), gate=options.gate, step_norm=options.step_norm)
     if issubclass(run.model_class, Patched):
         settings["train_coda"] = options.train_coda
     return run.model_class(qwen, **run.own_settings, **settings)

@@ -20,7 +20,7 @@ from torch import nn
 
 from checkpoint import read_checkpoint, write_checkpoint
 from files import UserError
-from ouroboros import Ouroboros
+from ouroboros import Ouroboros, checked_cut, default_cut
 from patch import (
     RIDGE_STRENGTHS,
     Adapter,
@@ -32,11 +32,34 @@ from patch import (
     full_model_of,
     load_run,
     mend_seams,
+    patch_cut,
     ridge_regression,
 )
 from qwen import Qwen, rotary_at
 
 TRAIN_CODA = ("none", "norms", "lora", "all")
+
+# ---- The cut ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_layers", range(4, 100))
+def test_the_patch_keeps_as_many_layers_as_the_paper_fewer_of_them_at_the_start(num_layers):
+    first, _, last = default_cut(num_layers)
+    cut = patch_cut(num_layers)
+    assert cut["prelude"] + cut["coda"] == first + last
+    assert cut["prelude"] <= first
+    assert checked_cut(num_layers, **cut) == tuple(cut.values())
+
+
+def test_the_cut_of_the_patch_is_a_default():
+    assert patch_cut(30) == {"prelude": 3, "recurrent": 12, "coda": 11}
+    assert patch_cut(12, recurrent=7) == {"prelude": 1, "recurrent": 7, "coda": 5}
+    qwen = small_qwen()
+    assert len(Patched(qwen, rank=4).prelude) == 1
+    assert len(Patched(qwen, rank=4, prelude=2).prelude) == 2
+    settings = Patched(qwen, rank=4, seams=False).settings
+    assert (settings["prelude"], settings["recurrent"], settings["coda"]) == default_cut(6)
+
 
 # ---- The start -------------------------------------------------------------------------------------------
 
@@ -375,7 +398,7 @@ def test_a_saved_run_comes_back_bit_for_bit_as_what_it_was(name, tmp_path):
 def test_a_run_of_another_class_is_refused_by_load_and_opened_by_load_run(tmp_path):
     base = Qwen.from_pretrained(folder_of(small_qwen(), tmp_path / "base"))
     paper = Ouroboros(base, rank=4)
-    patched = Patched(base, rank=4)
+    patched = Patched(base, rank=4, depth=1)
     move_trained_weights(patched, 0.1)
     paper.save(tmp_path / "paper")
     patched.save(tmp_path / "patched")
