@@ -28,7 +28,7 @@ PRESETS = {
         lr=2e-3,
         norm_lr_scale=50.0,
         warmup=20,
-        eval_sequences=64,
+        eval_sequences=128,
     ),
     "cpu": dict(
         steps=60,
@@ -38,7 +38,7 @@ PRESETS = {
         lr=1e-3,
         norm_lr_scale=50.0,
         warmup=6,
-        eval_sequences=16,
+        eval_sequences=32,
     ),
     "cuda": dict(
         steps=1000,
