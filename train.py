@@ -159,16 +159,16 @@ def main():
 # ---- The training loop -----------------------------------------------------------------------------------
 
 
-def train(model, batches, held_out, options, device, checkpoint=None, loss_of=None) -> int:
+def train(model, batches, held_out, options, device, checkpoint=None, loss_of=None, optimizer=None) -> int:
     """Train the model, and leave checkpoints and log.jsonl in options.out.
 
     batches, held_out: Batches of the two splits. checkpoint: the (tensors, about) at which a resumed run
-    goes on. loss_of(ids, targets): the loss that is minimised, by default model.loss. Returns the number of
-    the signal that ended the training early, or 0.
+    goes on. loss_of(ids, targets): the loss that is minimised, by default model.loss. optimizer: by default
+    that of make_optimizer. Returns the number of the signal that ended the training early, or 0.
     """
     loss_of = loss_of or model.loss
+    optimizer = optimizer or make_optimizer(model, options, device)
     parameters = model.trained_parameters()
-    optimizer = make_optimizer(model, options, device)
     first_step = 0
     if checkpoint is not None:
         tensors, about = checkpoint

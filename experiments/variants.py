@@ -1,24 +1,111 @@
-"""The models of the experiments that train.py does not offer.
-
-They are variants of the paper's system, variants of the patch, and simple alternatives to the paper's system.
+"""Variants of the paper's system that train.py does not offer.
 
 Each class keeps what it adds to the settings of its base class in self.settings, so that save() and load() of
 Ouroboros work for it as well.
 """
 
 import hashlib
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from device import promote
-from ouroboros import NoGate, NoModulation, NoStepNorm, Ouroboros, TrainedLinear, check_choice, no_pool
-from patch import NoAdapter, Patched
-from qwen import apply_projection
+from ouroboros import LoopCache, Ouroboros, check_choice, prefix_mean, svd_bases
+from qwen import rotary_at
 
-# ---- Variants of the paper's system ----------------------------------------------------------------------
+# ---- Variants that start from a measurement --------------------------------------------------------------
+
+
+class Measured(Ouroboros):
+    """A variant of which a part is measured once on training text, before the training starts."""
+
+    def measure(self, ids):
+        """Set the part from training text, ids [B, T]."""
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def states_before_loop(model: Ouroboros, ids):
+    """The states that a looped model's prelude hands to its loop: ids [B, T] -> [B, T, d]"""
+    no_cache = LoopCache([None] * len(model.prelude), [], [])
+    rotary = rotary_at(model.config, 0, ids.shape[1], ids.device)
+    return model.run_prelude(model.embed_tokens(ids), rotary, no_cache)
+
+
+# ---- Other inputs of the Controller ----------------------------------------------------------------------
+
+
+class ZeroInput(Ouroboros):
+    """The Controller sees zeros in the place of the pooled state, so that it knows the step alone."""
+
+    def __init__(self, qwen, **settings):
+        super().__init__(qwen, **settings)
+        self.pool = zero_pool
+
+
+def zero_pool(h, cache=None):
+    """Zeros in the place of a pooled state. [B, T, d] -> [B, 1, d]"""
+    return torch.zeros_like(h[:, :1])
+
+
+class MeanInput(Measured):
+    """The Controller sees one vector in the place of the pooled state, at every position and step.
+
+    The vector is the mean of the pooled states before the loop, over training text.
+    """
+
+    def __init__(self, qwen, **settings):
+        super().__init__(qwen, **settings)
+        self.register_buffer("mean_input", torch.zeros_like(self.norm.weight))  # [d]
+        self.pool = self.mean_pool
+
+    def measure(self, ids):
+        pooled = prefix_mean(states_before_loop(self, ids))
+        self.mean_input.copy_(promote(pooled).mean((0, 1)))
+
+    def mean_pool(self, h, cache=None):
+        """The one vector, whatever h. [B, T, d] -> [B, 1, d]"""
+        return self.mean_input.expand(len(h), 1, -1)
+
+
+class TokenInput(Ouroboros):
+    """The Controller sees the state of the token itself, without any mean."""
+
+    def __init__(self, qwen, **settings):
+        super().__init__(qwen, **settings)
+        self.pool = token_pool
+
+
+def token_pool(h, cache=None):
+    """The state of each position, as it is. [B, T, d] -> [B, T, d]"""
+    return h
+
+
+class WindowInput(Ouroboros):
+    """The Controller sees the mean over the last 16 positions."""
+
+    def __init__(self, qwen, **settings):
+        super().__init__(qwen, **settings)
+        self.pool = window_mean
+
+    def new_cache(self, depth=None):
+        """None: a new token's mean needs states that the cache of the loop does not keep."""
+        return None
+
+
+WINDOW = 16  # positions
+
+
+def window_mean(h, cache=None):
+    """At every position, the mean of h over it and up to 15 positions before it. [B, T, d] -> [B, T, d]"""
+    before = F.pad(promote(h), (0, 0, WINDOW - 1, 0))  # zeros before the first position
+    sums = before.unfold(1, WINDOW, 1).sum(-1)
+    count = torch.arange(1, h.shape[1] + 1, device=h.device).clamp(max=WINDOW)
+    return (sums / count[:, None]).to(h.dtype)
+
+
+# ---- Other bases -----------------------------------------------------------------------------------------
 
 
 class RandomBases(Ouroboros):
@@ -40,6 +127,56 @@ def random_orthogonal(n: int, rank: int, generator: torch.Generator):
     return torch.linalg.qr(torch.randn(n, rank, generator=generator)).Q
 
 
+class OwnBases(Ouroboros):
+    """The paper's system with bases from the SVD of the recurrent layer itself: nothing of the removed layers
+    is in them.
+    """
+
+    @torch.no_grad()
+    def residual_bases(self, removed, rank: int) -> dict:
+        bases = {}
+        for k, projection in self.recurrent.projections().items():
+            A, B = svd_bases(projection.weight, rank)
+            bases[k] = (A.to(projection.weight), B.to(projection.weight))
+        return bases
+
+
+# ---- Other starts ----------------------------------------------------------------------------------------
+
+
+class SizedStepNorm(Measured):
+    """The weights of the step norm start at the size of the state, so that h_new is as large as h.
+
+    size: "state", one number, the root mean square of the states before the loop; or "channel", that of each
+    channel. The first position of a sequence is left out, because its state is many times larger.
+    """
+
+    def __init__(self, qwen, size="state", **settings):
+        check_choice("size", size, ("state", "channel"))
+        super().__init__(qwen, **settings)
+        self.settings["size"] = size
+
+    @torch.no_grad()
+    def measure(self, ids):
+        squares = promote(states_before_loop(self, ids)[:, 1:]).square()
+        if self.settings["size"] == "state":
+            self.step_norm.weight.fill_(squares.mean().sqrt())
+        else:
+            self.step_norm.weight.copy_(squares.mean((0, 1)).sqrt().expand_as(self.step_norm.weight))
+
+
+class GateStart(Ouroboros):
+    """The gate starts at another bias than -2: at -4 it is open by 0.02, at 0 by 0.5."""
+
+    def __init__(self, qwen, gate_bias=-2.0, **settings):
+        super().__init__(qwen, **settings)
+        self.settings["gate_bias"] = gate_bias
+        nn.init.constant_(self.gate.linear.bias, gate_bias)
+
+
+# ---- Drawn depths, and the system as released ------------------------------------------------------------
+
+
 class DrawnDepth(Ouroboros):
     """The paper's system, trained at a depth that is drawn for each batch: 1, 2, 4 or 8.
 
@@ -57,7 +194,9 @@ class DrawnDepth(Ouroboros):
 
 
 class Rounded(Ouroboros):
-    """The paper's system with trained weights in bfloat16, as in the published code."""
+    """The paper's system with trained weights in bfloat16, as in the released code: each step of the
+    optimizer rounds them.
+    """
 
     def __init__(self, qwen, **settings):
         super().__init__(qwen, **settings)
@@ -65,155 +204,10 @@ class Rounded(Ouroboros):
             p.data = p.data.bfloat16()
 
 
-# ---- Variants of the patch -------------------------------------------------------------------------------
+class Released(Rounded, DrawnDepth):
+    """Trained as the released script of the Controller does it: weights in bfloat16, a depth of 4, 8 or 16.
 
-
-class Seams(Patched):
-    """The patch with a matrix at one seam only.
-
-    seams: "in" (before the loop), "out" (after the loop) or "none". A seam without a matrix keeps P = 0.
+    The published target and pool are options of train.py, the constant rate is one of optimizers.py.
     """
 
-    def __init__(self, qwen, seams: str, **settings):
-        check_choice("seams", seams, ("in", "out", "none"))
-        super().__init__(qwen, seams=True, **settings)
-        self.settings["seams"] = seams
-        self.seam_in.requires_grad_(seams == "in")
-        self.seam_out.requires_grad_(seams == "out")
-
-
-class LowRank(Patched):
-    """The patch with matrices P of rank d / 8, which have a quarter of the parameters."""
-
-    def __init__(self, qwen, **settings):
-        super().__init__(qwen, **settings)
-        d = qwen.config.hidden_size
-        self.seam_in.P = low_rank_matrix(d, d // 8)
-        self.seam_out.P = low_rank_matrix(d, d // 8)
-        self.to(self.embed_tokens.weight.device)
-
-
-def low_rank_matrix(d: int, rank: int) -> nn.Sequential:
-    """The product of two trained matrices, [d, rank] and [rank, d], zero at the start. [.., d] -> [.., d]"""
-    down = TrainedLinear(d, rank, bias=False)
-    up = TrainedLinear(rank, d, bias=False)
-    nn.init.zeros_(up.weight)
-    return nn.Sequential(down, up)
-
-
-# ---- Alternatives to the paper's system ------------------------------------------------------------------
-
-
-class Alternative(Ouroboros):
-    """The cut model with something simple that is trained, in the place of Controller, gate and step norm.
-
-    There is no loop: the recurrent layer is applied once. What is trained depends on `kind`:
-        "scale"     a factor for each channel, behind the recurrent layer
-        "matrix"    a d x d matrix behind the recurrent layer, the identity at the start (arXiv 2505.24680)
-        "lora"      a LoRA on every projection of all kept layers
-        "lora one"  a LoRA on every projection of the recurrent layer
-        "layer"     all weights of the recurrent layer
-    The LoRAs have the rank at which they have about as many parameters as the paper's system.
-    """
-
-    def __init__(self, qwen, kind="matrix", **settings):
-        check_choice("kind", kind, ("scale", "matrix", "lora", "lora one", "layer"))
-        super().__init__(qwen, **settings)
-        self.settings["kind"] = kind
-        budget = sum(p.numel() for p in self.trained_parameters().values())  # of the paper's system
-
-        self.lora = nn.ModuleDict()
-        self.pool = no_pool
-        self.controller = NoModulation()
-        self.gate = NoGate()
-        self.step_norm = NoStepNorm()
-
-        d = qwen.config.hidden_size
-        self.prelude_adapters = nn.ModuleList(NoAdapter() for _ in self.prelude)
-        self.recurrent_adapter = NoAdapter()
-        self.coda_adapters = nn.ModuleList(NoAdapter() for _ in self.coda)
-        self.behind_recurrent = nn.Identity()
-        if kind == "scale":
-            self.behind_recurrent = ChannelScale(d)
-        elif kind == "matrix":
-            self.behind_recurrent = TrainedLinear(d, d, bias=False)
-            nn.init.eye_(self.behind_recurrent.weight)
-        elif kind == "lora":
-            rank = rank_for([*self.prelude, self.recurrent, *self.coda], budget)
-            self.prelude_adapters = nn.ModuleList(LayerLoRA(layer, rank) for layer in self.prelude)
-            self.recurrent_adapter = LayerLoRA(self.recurrent, rank)
-            self.coda_adapters = nn.ModuleList(LayerLoRA(layer, rank) for layer in self.coda)
-        elif kind == "lora one":
-            self.recurrent_adapter = LayerLoRA(self.recurrent, rank_for([self.recurrent], budget))
-        else:
-            self.recurrent.float().requires_grad_(True)
-            # What is not pretrained is saved, and so the trained layer no longer counts as pretrained.
-            self.PRETRAINED = tuple(prefix for prefix in self.PRETRAINED if prefix != "recurrent.")
-        self.to(self.embed_tokens.weight.device)
-
-    def checked_depth(self, depth: int | None) -> int:
-        return 1  # there is no loop, whatever the depth
-
-    def run_prelude(self, h, rotary, cache):
-        for layer, adapter, layer_cache in zip(self.prelude, self.prelude_adapters, cache.prelude):
-            h = layer(h, rotary, layer_cache, adapter)
-        return h
-
-    def loop_step(self, h, t: int, rotary, step_cache=None):
-        weights_type = self.recurrent.mlp.up_proj.weight.dtype  # float32 where the layer is trained
-        h_new = self.recurrent(h.to(weights_type), rotary, step_cache, self.recurrent_adapter)
-        return self.behind_recurrent(h_new.to(h.dtype))
-
-    def run_coda(self, h, rotary, cache):
-        for layer, adapter, layer_cache in zip(self.coda, self.coda_adapters, cache.coda):
-            h = layer(h, rotary, layer_cache, adapter)
-        return h
-
-
-class ChannelScale(nn.Module):
-    """h times a trained factor for each channel, 1 at the start. [B, T, d] -> [B, T, d]"""
-
-    def __init__(self, d: int):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(d))
-
-    def forward(self, h):
-        return h * self.scale.to(h.dtype)
-
-
-class LoRA(nn.Module):
-    """The plain low-rank change B A x of one projection (arXiv 2106.09685), with B = 0 at the start.
-
-    x [B, T, in] -> [B, T, out]
-    """
-
-    def __init__(self, projection: nn.Linear, rank: int):
-        super().__init__()
-        out_features, in_features = projection.weight.shape
-        self.A = nn.Parameter(torch.randn(rank, in_features) / math.sqrt(in_features))
-        self.B = nn.Parameter(torch.zeros(out_features, rank))
-
-    def forward(self, x):
-        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-
-
-class LayerLoRA(nn.Module):
-    """A LoRA on every projection of a layer, as the layer's `project`: W_k x + B_k A_k x."""
-
-    def __init__(self, layer, rank: int):
-        super().__init__()
-        self.lora = nn.ModuleDict()
-        for k, projection in layer.projections().items():
-            self.lora[k] = LoRA(projection, rank)
-
-    def forward(self, projection, x, k, apply=apply_projection):
-        return apply(projection, x, k) + self.lora[k](x)
-
-
-def rank_for(layers, budget: int) -> int:
-    """The rank at which LoRAs on all projections of these layers have about `budget` parameters."""
-    parameters_per_rank = 0
-    for layer in layers:
-        for projection in layer.projections().values():
-            parameters_per_rank += sum(projection.weight.shape)
-    return max(1, round(budget / parameters_per_rank))
+    DEPTHS = (4, 8, 16)
