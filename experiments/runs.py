@@ -1,24 +1,51 @@
 """The list of the runs that experiments/paper.py trains: their names, options and model classes.
 
-Words in the names of the runs:
-    third, three, ten   a third of the preset's learning rate, three times and ten times that rate
-    long                more steps than the others
-    past                trained for the tables past the paper
-    past paper          the paper's system among these
-    past start          the patch without matrices at the seams: it only starts as the cut model does
-    past seam           the patch with a matrix at one seam
-    past patch          the patch with a matrix at both seams
+Names begin with the depth of the loop. Words in them:
+    rate x30      the static table has 30 times the common learning rate
+    lr third      a third of the preset's learning rate for all parameters; lr three: three times that rate
+    zero input    the Controller sees zeros; other inputs: one mean vector, a window, the token, the sequence
+    sized norm    the step norm starts at the size of the state and has the common learning rate
+    norm rate 1   the step norm starts at 1 and has the common learning rate
+    released      trained as the released code does it, all at once
+    long          four times as many steps as the others
+    patch         with --patch
 """
 
 from dataclasses import dataclass, field
 
-from experiments.variants import Alternative, DrawnDepth, LowRank, RandomBases, Rounded, Seams
+from experiments.alternatives import AdaptedFull, Alternative, LowRank, Seams
+from experiments.variants import (
+    DrawnDepth,
+    GateStart,
+    MeanInput,
+    OwnBases,
+    RandomBases,
+    Released,
+    SizedStepNorm,
+    TokenInput,
+    WindowInput,
+    ZeroInput,
+)
 from options import PRESETS
 from ouroboros import Ouroboros
 from patch import Patched
 
+TABLE_RATES = (10, 30, 100, 300)  # of the static table, in common learning rates
 PUBLISHED_OBJECTIVE = ("--target-offset", "2", "--pool", "sequence")
-ALTERNATIVES = ("scale", "matrix", "lora", "lora one", "layer")  # the kinds of Alternative
+ALTERNATIVES = ("matrix", "lora", "lora one")  # the kinds of Alternative
+INPUTS = {
+    "zero input": ZeroInput,
+    "mean input": MeanInput,
+    "token input": TokenInput,
+    "window input": WindowInput,
+}
+
+# What a run is measured by beside its losses (paper.py).
+TASKS = "tasks"  # the tasks of tasks.py
+SWAP = "swap"  # the losses with another text's pool
+BY_DEPTH = "depths"  # the losses at other depths than its own
+OBJECTIVE = "objective"  # the losses on training text and on the token t+2, and the released test
+CURVE = "curve"  # the held-out loss during the training
 
 
 @dataclass(frozen=True)
@@ -26,13 +53,18 @@ class Run:
     """One training run.
 
     name: ends with the seed, as in "depth8 controller seed0". options: those of train.py's command line.
-    own_settings: the arguments of the class for which train.py has no options.
+    own_settings: the arguments of the class for which train.py has no options. optimizer: those of
+    optimizer_of. measures: what it is measured by beside its losses. times_steps: its number of steps as a
+    multiple of that of most runs.
     """
 
     name: str
     options: list[str]
     model_class: type[Ouroboros]
     own_settings: dict = field(default_factory=dict)
+    optimizer: dict = field(default_factory=dict)
+    measures: tuple = ()
+    times_steps: int = 1
 
     @property
     def file_name(self) -> str:
@@ -41,192 +73,223 @@ class Run:
 
 
 class RunList:
-    """The runs so far, and the model's default learning rate and number of steps."""
+    """The runs so far, and the model's default learning rate."""
 
-    def __init__(self, preset: str, steps: int):
+    def __init__(self, preset: str):
         self.runs = {}  # name -> Run
         self.lr = PRESETS[preset]["lr"]
-        self.steps = steps
 
-    def add(self, name: str, *options: str, seeds=1, model_class=None, **own_settings):
-        """Add a run for each of so many seeds, by default of the class that train.py would choose."""
+    def add(
+        self,
+        name: str,
+        *options: str,
+        seeds=1,
+        model_class=None,
+        optimizer=None,
+        measures=(),
+        first_measures=(),
+        times_steps=1,
+        **own_settings,
+    ):
+        """Add a run for each of so many seeds, by default of the class that train.py would choose.
+
+        first_measures: what only the run of the first seed is measured by.
+        """
         if model_class is None:
             model_class = Patched if "--patch" in options else Ouroboros
         for seed in range(seeds):
-            run = Run(f"{name} seed{seed}", [*options, "--seed", str(seed)], model_class, own_settings)
+            run = Run(
+                f"{name} seed{seed}",
+                [*options, "--seed", str(seed)],
+                model_class,
+                own_settings,
+                optimizer or {},
+                (*measures, *first_measures) if seed == 0 else measures,
+                times_steps,
+            )
             self.runs[run.name] = run
-
-    def for_steps(self, multiple: int) -> list[str]:
-        """The options of a run of so many times the usual number of steps."""
-        return ["--steps", str(multiple * self.steps)]
 
     def at_rate(self, multiple: float) -> list[str]:
         """The options of a run at so many times the preset's learning rate."""
         return ["--lr", str(multiple * self.lr)]
 
 
-def patch_options(depth: int, modulation: str, train_coda="none") -> list[str]:
-    """The options of a run with --patch."""
-    return ["--patch", "--depth", str(depth), "--modulation", modulation, "--train-coda", train_coda]
+def at_depth(depth: int) -> list[str]:
+    return ["--depth", str(depth)]
 
 
 # ---- All runs --------------------------------------------------------------------------------------------
 
 
-def all_runs(central: bool, steps: int) -> dict[str, Run]:
-    """name -> Run, in the order in which the runs are listed.
+def all_runs(central: bool) -> dict[str, Run]:
+    """name -> Run, in the order in which the runs are trained: first what decides most.
 
-    central: only what is worth its time on a larger model. steps: of most runs; some have several times as
-    many.
+    central: only what is worth its time on a larger model.
     """
+    runs = RunList("cpu" if central else "tiny")
     if central:
-        runs = RunList("cpu", steps)
-        recipe = [*runs.for_steps(4), *runs.at_rate(3)]
-        add_patches(runs, recipe)
-        add_central_rows_past_the_paper(runs, recipe)
-        add_the_paper(runs, seeds=1)
-        runs.add("past lora", "--depth", "1", *recipe, model_class=Alternative, kind="lora")
-        add_central_long_runs(runs)
+        add_central_runs(runs)
     else:
-        runs = RunList("tiny", steps)
-        recipe = [*runs.for_steps(1), *runs.at_rate(3)]
-        add_patches(runs, recipe)
-        add_tiny_rows_past_the_paper(runs, recipe)
-        add_the_paper(runs, seeds=3)
-        add_ranks_rates_and_alternatives(runs)
-        add_tiny_long_runs(runs)
+        add_tiny_runs(runs)
     return runs.runs
 
 
-def add_the_paper(runs: RunList, seeds: int):
-    """The paper's own experiments: modulation by depth, the published objective, and the ablations."""
-    for depth in (8, 1, 4, 16):
-        for modulation in ("controller", "static", "none"):
-            options = ["--depth", str(depth), "--modulation", modulation]
-            runs.add(f"depth{depth} {modulation}", *options, seeds=1 if depth == 16 else seeds)
-
-    runs.add("offset2 sequence", *PUBLISHED_OBJECTIVE)
-    runs.add("offset1 sequence", "--pool", "sequence")
-
-    runs.add("no gate", "--no-gate", seeds=seeds)
-    runs.add("no step norm", "--no-step-norm", seeds=seeds)
-    runs.add("random bases", model_class=RandomBases, seeds=seeds)
-
-
-# ---- Past the paper --------------------------------------------------------------------------------------
-#
-# recipe: the options that give the number of steps and the learning rate of these runs.
-
-
-def add_patches(runs: RunList, recipe: list[str]):
-    """The patches that are trained on every model."""
-    runs.add("past all lora", *patch_options(1, "none", "all"), *recipe, seeds=3)
-    runs.add("past coda lora", *patch_options(1, "none", "lora"), *recipe, seeds=3)
-    runs.add("past coda norms", *patch_options(1, "none", "norms"), *recipe)
-    runs.add("past patch depth1 none", *patch_options(1, "none"), *recipe, seeds=3)
-    runs.add("past patch depth1 controller", *patch_options(1, "controller"), *recipe, seeds=3)
+def add_tiny_runs(runs: RunList):
+    """The runs on the built-in model. They take about two and a half hours on two cores."""
+    for depth in (1, 8):
+        add_controller_against_static(runs, depth, seeds=3)
+    add_adapted_full_model(runs, seeds=3)
+    runs.add("depth4 controller", *at_depth(4), seeds=3, first_measures=(BY_DEPTH,))
+    runs.add("depth16 controller", *at_depth(16), measures=(BY_DEPTH,))
+    runs.add("drawn depth", *at_depth(8), model_class=DrawnDepth, seeds=2, first_measures=(BY_DEPTH,))
+    for depth in (1, 8):
+        add_bases(runs, depth, seeds=3)
+        add_norms(runs, depth, seeds=3)
+    runs.add("depth1 sized norm by channel", *sized_norm(1), model_class=SizedStepNorm, size="channel")
+    add_ablations(runs, 8, seeds=3)
+    add_released(runs, seeds=2)
+    runs.add("depth8 published objective", *at_depth(8), *PUBLISHED_OBJECTIVE, measures=(OBJECTIVE,))
+    add_ranks_and_rates(runs, 8, seeds=2)
+    for bias in (-4.0, 0.0):
+        name = f"depth8 gate bias {bias:.0f}"
+        runs.add(name, *at_depth(8), model_class=GateStart, seeds=2, gate_bias=bias)
+    add_patches(runs, seeds=3)
+    add_parts_of_the_patch(runs)
+    add_alternatives(runs)
+    add_long_runs(runs)
 
 
-def add_parts_of_the_patch(runs: RunList, recipe: list[str]):
-    """The patch with one seam only, and with matrices of a low rank."""
-    options = [*patch_options(1, "none"), *recipe]
-    runs.add("past seam in", *options, model_class=Seams, seams="in")
-    runs.add("past seam out", *options, model_class=Seams, seams="out")
-    runs.add("past low rank", *options, model_class=LowRank)
+def add_central_runs(runs: RunList):
+    """The runs on a larger model, where each takes minutes. Most have depth 1."""
+    add_controller_against_static(runs, 1, seeds=2)
+    add_adapted_full_model(runs, seeds=1)
+    add_patches(runs, seeds=2)
+    for depth in (4, 8):
+        runs.add(f"depth{depth} controller", *at_depth(depth), measures=(BY_DEPTH,))
+    add_bases(runs, 1, seeds=2)
+    add_norms(runs, 1, seeds=2)
+    add_ablations(runs, 1, seeds=1)
+    add_released(runs, seeds=1)
+    add_ranks_and_rates(runs, 1, seeds=1)
 
 
-def add_start(runs: RunList, depth: int, modulation: str, recipe: list[str]):
-    """The patch without any matrix."""
-    options = [*patch_options(depth, modulation), *recipe]
-    runs.add(f"past start depth{depth} {modulation}", *options, model_class=Seams, seams="none")
+# ---- The paper's claims ----------------------------------------------------------------------------------
 
 
-def add_central_rows_past_the_paper(runs: RunList, recipe: list[str]):
-    """The rows that are worth their time on a larger model, where each run takes minutes.
-
-    The paper's system is trained for as many steps as the patches.
-    """
-    as_the_paper = [*runs.for_steps(4), *runs.at_rate(1)]
-    runs.add("past paper depth8", "--depth", "8", *as_the_paper, seeds=3)
-    runs.add("past paper depth1", "--depth", "1", *as_the_paper)
-    runs.add("past paper depth1 three", "--depth", "1", *recipe)
-    add_start(runs, 1, "controller", recipe)
-    runs.add("past paper no step norm", "--no-step-norm", *as_the_paper)
-    add_parts_of_the_patch(runs, recipe)
-    runs.add("past patch depth4 none", *patch_options(4, "none"), *recipe)
-
-
-def add_tiny_rows_past_the_paper(runs: RunList, recipe: list[str]):
-    """The rows on the built-in model.
-
-    The paper's system at the preset's rate is not among them: its own experiments have as many steps.
-    """
-    runs.add("past paper depth8 three", "--depth", "8", *recipe)
-    for depth in (1, 4):
-        runs.add(f"past paper depth{depth} three", "--depth", str(depth), *recipe)
-        for modulation in ("none", "controller"):
-            add_start(runs, depth, modulation, recipe)
-
-    add_parts_of_the_patch(runs, recipe)
-    for depth in (4, 8, 2):
-        for modulation in ("none", "controller"):
-            runs.add(f"past patch depth{depth} {modulation}", *patch_options(depth, modulation), *recipe)
-    for depth in (1, 4):
-        runs.add(f"past patch depth{depth} static", *patch_options(depth, "static"), *recipe)
+def add_controller_against_static(runs: RunList, depth: int, seeds: int):
+    """The Controller, with its own input and with others, and the static table at several rates."""
+    options = at_depth(depth)
+    name = f"depth{depth}"
+    runs.add(
+        f"{name} controller",
+        *options,
+        seeds=seeds,
+        measures=(TASKS, SWAP),
+        first_measures=(BY_DEPTH, OBJECTIVE),
+    )
+    runs.add(f"{name} static", *options, "--modulation", "static", seeds=seeds, measures=(TASKS,))
+    runs.add(f"{name} none", *options, "--modulation", "none", seeds=seeds, measures=(TASKS,))
+    for rate in TABLE_RATES:
+        runs.add(
+            f"{name} static rate x{rate}",
+            *options,
+            "--modulation",
+            "static",
+            seeds=seeds,
+            optimizer={"table_rate": float(rate)},
+            measures=(TASKS,),
+        )
+    for input_name, model_class in INPUTS.items():
+        measures = (SWAP,) if input_name in ("token input", "window input") else ()
+        runs.add(f"{name} {input_name}", *options, model_class=model_class, seeds=seeds, measures=measures)
+    runs.add(f"{name} sequence input", *options, "--pool", "sequence", seeds=seeds, measures=(SWAP,))
 
 
-# ---- Ranks, rates and alternatives -----------------------------------------------------------------------
+def add_bases(runs: RunList, depth: int, seeds: int):
+    runs.add(f"depth{depth} random bases", *at_depth(depth), model_class=RandomBases, seeds=seeds)
+    runs.add(f"depth{depth} own bases", *at_depth(depth), model_class=OwnBases, seeds=seeds)
 
 
-def add_ranks_rates_and_alternatives(runs: RunList):
-    """What is varied on the built-in model only."""
-    for rank in (8, 64):
-        runs.add(f"rank{rank} static", "--rank", str(rank), "--modulation", "static")
-    runs.add("drawn depth", model_class=DrawnDepth)
-
-    as_published = ["--lr", "3e-4", "--norm-lr-scale", "1"]
-    runs.add("bf16 weights paper rate", *as_published, model_class=Rounded)
-    runs.add("float32 weights paper rate", *as_published)
-
-    for rank in (8, 64):
-        runs.add(f"rank{rank}", "--rank", str(rank))
-
-    runs.add("lr third", *runs.at_rate(1 / 3))
-    add_alternatives(runs, " lr third", runs.at_rate(1 / 3))
-    runs.add("lr three", *runs.at_rate(3))
-    add_alternatives(runs, " lr three", runs.at_rate(3))
-    # At ten times the rate, the paper's system has no finite gradient any more.
-    add_alternatives(runs, " lr ten", runs.at_rate(10))
-    add_alternatives(runs, "", [])
+def sized_norm(depth: int) -> list[str]:
+    """The options of a run whose step norm starts at the size of the state."""
+    return [*at_depth(depth), "--norm-lr-scale", "1"]
 
 
-def add_alternatives(runs: RunList, suffix: str, rate_options: list[str]):
-    """Every kind of Alternative, at one learning rate. suffix: of the names."""
+def add_norms(runs: RunList, depth: int, seeds: int):
+    """The step norm at the common rate, started at the size of the state and at 1."""
+    runs.add(f"depth{depth} sized norm", *sized_norm(depth), model_class=SizedStepNorm, seeds=seeds)
+    runs.add(f"depth{depth} norm rate 1", *at_depth(depth), "--norm-lr-scale", "1", seeds=seeds)
+
+
+def add_ablations(runs: RunList, depth: int, seeds: int):
+    runs.add(f"depth{depth} no gate", *at_depth(depth), "--no-gate", seeds=seeds)
+    runs.add(f"depth{depth} no step norm", *at_depth(depth), "--no-step-norm", seeds=seeds)
+
+
+def add_released(runs: RunList, seeds: int):
+    """As the released script of the Controller does it, at the preset's rate and at the paper's."""
+    options = released_options()
+    details = dict(model_class=Released, optimizer={"constant_rate": True}, measures=(OBJECTIVE,))
+    runs.add("released", *options, seeds=seeds, first_measures=(BY_DEPTH,), **details)
+    runs.add("released paper rate", *options, "--lr", "3e-4", **details)
+
+
+def released_options() -> list[str]:
+    return [*at_depth(16), *PUBLISHED_OBJECTIVE, "--norm-lr-scale", "1"]
+
+
+def add_ranks_and_rates(runs: RunList, depth: int, seeds: int):
+    options = at_depth(depth)
+    for rank in ("8", "64"):
+        runs.add(f"depth{depth} controller rank{rank}", *options, "--rank", rank, seeds=seeds)
+        static = [*options, "--rank", rank, "--modulation", "static"]
+        runs.add(f"depth{depth} static rank{rank}", *static, seeds=seeds)
+    runs.add(f"depth{depth} controller lr third", *options, *runs.at_rate(1 / 3), seeds=seeds)
+    runs.add(f"depth{depth} controller lr three", *options, *runs.at_rate(3), seeds=seeds)
+
+
+def add_long_runs(runs: RunList):
+    """Four times as many steps, to see whether the released system gains anything later."""
+    measures = (OBJECTIVE, CURVE)
+    runs.add("long depth8 controller", *at_depth(8), times_steps=4, measures=measures)
+    runs.add(
+        "long released",
+        *released_options(),
+        model_class=Released,
+        optimizer={"constant_rate": True},
+        times_steps=4,
+        measures=measures,
+    )
+
+
+# ---- Yardsticks, and past the paper ----------------------------------------------------------------------
+
+
+def add_adapted_full_model(runs: RunList, seeds: int):
+    """The full model with the adapters of --patch, at the rate of --patch."""
+    runs.add("full adapted", *runs.at_rate(3), model_class=AdaptedFull, seeds=seeds, measures=(TASKS,))
+
+
+def add_patches(runs: RunList, seeds: int):
+    """--patch as it is, and without what it is made of."""
+    runs.add("patch", "--patch", seeds=seeds, measures=(TASKS,))
+    runs.add("patch without closed form", "--patch", "--seam-tokens", "0")
+    for share in ("0", "1"):
+        runs.add(f"patch distill {share}", "--patch", "--distill", share, measures=(TASKS,))
+
+
+def add_parts_of_the_patch(runs: RunList):
+    """Only the seams, from the cut model on: both, one of them, and both of a low rank."""
+    options = ["--patch", "--train-coda", "none", "--seam-tokens", "0"]
+    runs.add("patch seams only", *options)
+    runs.add("patch seam in", *options, model_class=Seams, one_seam="in")
+    runs.add("patch seam out", *options, model_class=Seams, one_seam="out")
+    runs.add("patch low rank", *options, model_class=LowRank)
+
+
+def add_alternatives(runs: RunList):
+    """Every kind of Alternative at two rates, of which the validation sample chooses one."""
     for kind in ALTERNATIVES:
-        runs.add(kind + suffix, "--depth", "1", *rate_options, model_class=Alternative, kind=kind)
-
-
-# ---- Long runs -------------------------------------------------------------------------------------------
-
-
-def add_central_long_runs(runs: RunList):
-    long = runs.for_steps(10)
-    runs.add("long depth1 controller", "--depth", "1", *long)
-    runs.add("long depth1 offset2 sequence", *PUBLISHED_OBJECTIVE, "--depth", "1", *long)
-    runs.add("long all lora", "--patch", *long)
-
-
-def add_tiny_long_runs(runs: RunList):
-    long = runs.for_steps(6)
-    for depth in (1, 4):
-        for modulation in ("none", "controller"):
-            add_long_patch(runs, depth, modulation, long)
-    add_long_patch(runs, 8, "none", long)
-
-    runs.add("long all lora", "--patch", *long)
-    runs.add("long offset1 prefix", *long)
-    runs.add("long offset2 sequence", *PUBLISHED_OBJECTIVE, *long)
-
-
-def add_long_patch(runs: RunList, depth: int, modulation: str, long: list[str]):
-    runs.add(f"long patch depth{depth} {modulation}", *patch_options(depth, modulation), *long)
+        for rate, suffix in ((1, ""), (3, " lr three")):
+            options = [*at_depth(1), *runs.at_rate(rate)]
+            runs.add(f"alternative {kind}{suffix}", *options, model_class=Alternative, kind=kind)

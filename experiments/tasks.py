@@ -22,7 +22,7 @@ COPIES = 32  # sequences of the copying task
 
 
 def measure_tasks(model, batches, first: int, questions: int, vocabulary: int, device) -> dict:
-    """{"choice": whether each question was answered right, "copy loss" and "copy accuracy": of each sequence}.
+    """{"choice": 1 or 0 for each question, "copy loss" and "copy accuracy": one number for each sequence}.
 
     The questions are made of as many sequences of the text, of which `first` is the number of the first.
     """
@@ -62,7 +62,7 @@ def choices(model, batches, first: int, questions: int, device) -> list[int]:
 
 
 def log_probabilities(model, ids):
-    """The log probability of each sequence's tokens behind the prompt, given all before them: [B, T] -> [B]"""
+    """The log probability of the tokens behind each prompt: ids [B, T] -> [B]"""
     logits = promote(model(ids))[:, PROMPT - 1 : -1]  # those that predict the continuation
     log_p = logits.log_softmax(-1)
     return log_p.gather(-1, ids[:, PROMPT:, None]).sum((1, 2))
