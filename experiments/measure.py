@@ -21,7 +21,7 @@ from qwen import Qwen
 
 SAMPLES = {"validation": (0, 64), "test": (64, 128)}  # the first sequence, and how many
 FIRST_OF_TEST, TEST_SEQUENCES = SAMPLES["test"]
-DEPTHS = (1, 2, 4, 8, 16, 32)  # at which a looped model is tested
+DEPTHS = (1, 2, 4, 8, 16)  # at which a looped model is tested
 STATES_OF = 32  # test sequences whose states are compared
 STRIDE = 16  # positions from one at which states are compared to the next
 SENTENCE = (8, 64)  # the fewest and the most tokens of a sentence
