@@ -252,6 +252,7 @@ def released(records: Records) -> str:
         "released": "as released",
         "released paper rate": "as released, rate 3e-4",
         "long depth8 controller": "ours, depth 8, four times the steps",
+        "long depth1 controller": "ours, depth 1, four times the steps",
         "long released": "as released, four times the steps",
     }
     paths = {

@@ -18,6 +18,7 @@ def draw_curves(records: Records, folder: Path):
     """The losses of the long runs by step: on the validation sample, as the training has measured them."""
     curves = [  # configuration, label, line style
         ("long depth8 controller", "the paper's system, depth 8", "-"),
+        ("long depth1 controller", "the paper's system, depth 1", "-"),
         ("long released", "as released", "-."),
     ]
     curves = [curve for curve in curves if records.results(curve[0])]
@@ -25,7 +26,7 @@ def draw_curves(records: Records, folder: Path):
         return
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (name, label, line_style), marker in zip(curves, "os"):
+    for (name, label, line_style), marker in zip(curves, "osD"):
         steps = []
         losses = []
         for step, _, held_out in records.first(name)["log"]:

@@ -152,11 +152,11 @@ def add_tiny_runs(runs: RunList):
     add_ranks_and_rates(runs, 8, seeds=2)
     for bias in (-4.0, 0.0):
         name = f"depth8 gate bias {bias:.0f}"
-        runs.add(name, *at_depth(8), model_class=GateStart, seeds=2, gate_bias=bias)
+        runs.add(name, *at_depth(8), model_class=GateStart, gate_bias=bias)
     add_patches(runs, seeds=3)
     add_parts_of_the_patch(runs)
     add_alternatives(runs)
-    add_long_runs(runs)
+    add_long_runs(runs, 8)
 
 
 def add_central_runs(runs: RunList):
@@ -171,6 +171,8 @@ def add_central_runs(runs: RunList):
     add_ablations(runs, 1, seeds=1)
     add_released(runs, seeds=1)
     add_ranks_and_rates(runs, 1, seeds=1)
+    add_parts_of_the_patch(runs)
+    add_long_runs(runs, 1)
 
 
 # ---- The paper's claims ----------------------------------------------------------------------------------
@@ -184,11 +186,11 @@ def add_controller_against_static(runs: RunList, depth: int, seeds: int):
         f"{name} controller",
         *options,
         seeds=seeds,
-        measures=(TASKS, SWAP),
-        first_measures=(BY_DEPTH, OBJECTIVE),
+        measures=(SWAP,),
+        first_measures=(TASKS, BY_DEPTH, OBJECTIVE),
     )
-    runs.add(f"{name} static", *options, "--modulation", "static", seeds=seeds, measures=(TASKS,))
-    runs.add(f"{name} none", *options, "--modulation", "none", seeds=seeds, measures=(TASKS,))
+    runs.add(f"{name} static", *options, "--modulation", "static", seeds=seeds, first_measures=(TASKS,))
+    runs.add(f"{name} none", *options, "--modulation", "none", seeds=seeds, first_measures=(TASKS,))
     for rate in TABLE_RATES:
         runs.add(
             f"{name} static rate x{rate}",
@@ -197,7 +199,7 @@ def add_controller_against_static(runs: RunList, depth: int, seeds: int):
             "static",
             seeds=seeds,
             optimizer={"table_rate": float(rate)},
-            measures=(TASKS,),
+            first_measures=(TASKS,),
         )
     for input_name, model_class in INPUTS.items():
         measures = (SWAP,) if input_name in ("token input", "window input") else ()
@@ -243,15 +245,15 @@ def add_ranks_and_rates(runs: RunList, depth: int, seeds: int):
     for rank in ("8", "64"):
         runs.add(f"depth{depth} controller rank{rank}", *options, "--rank", rank, seeds=seeds)
         static = [*options, "--rank", rank, "--modulation", "static"]
-        runs.add(f"depth{depth} static rank{rank}", *static, seeds=seeds)
+        runs.add(f"depth{depth} static rank{rank}", *static)
     runs.add(f"depth{depth} controller lr third", *options, *runs.at_rate(1 / 3), seeds=seeds)
     runs.add(f"depth{depth} controller lr three", *options, *runs.at_rate(3), seeds=seeds)
 
 
-def add_long_runs(runs: RunList):
+def add_long_runs(runs: RunList, depth: int):
     """Four times as many steps, to see whether the released system gains anything later."""
     measures = (OBJECTIVE, CURVE)
-    runs.add("long depth8 controller", *at_depth(8), times_steps=4, measures=measures)
+    runs.add(f"long depth{depth} controller", *at_depth(depth), times_steps=4, measures=measures)
     runs.add(
         "long released",
         *released_options(),
@@ -267,15 +269,15 @@ def add_long_runs(runs: RunList):
 
 def add_adapted_full_model(runs: RunList, seeds: int):
     """The full model with the adapters of --patch, at the rate of --patch."""
-    runs.add("full adapted", *runs.at_rate(3), model_class=AdaptedFull, seeds=seeds, measures=(TASKS,))
+    runs.add("full adapted", *runs.at_rate(3), model_class=AdaptedFull, seeds=seeds, first_measures=(TASKS,))
 
 
 def add_patches(runs: RunList, seeds: int):
     """--patch as it is, and without what it is made of."""
-    runs.add("patch", "--patch", seeds=seeds, measures=(TASKS,))
+    runs.add("patch", "--patch", seeds=seeds, first_measures=(TASKS,))
     runs.add("patch without closed form", "--patch", "--seam-tokens", "0")
     for share in ("0", "1"):
-        runs.add(f"patch distill {share}", "--patch", "--distill", share, measures=(TASKS,))
+        runs.add(f"patch distill {share}", "--patch", "--distill", share, first_measures=(TASKS,))
 
 
 def add_parts_of_the_patch(runs: RunList):

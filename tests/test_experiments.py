@@ -1,29 +1,46 @@
-"""The models of experiments/ are what they say, and the published tables are those of their logs."""
+"""The models of experiments/ are what they say."""
 
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import (
-    ROOT,
     SMALL,
+    FixedBatches,
     folder_of,
+    greedy_without_cache,
     move_trained_weights,
     small_model,
     small_qwen,
     tokens,
+    training_options,
 )
 
-from experiments.paper_tables import write_all
+from experiments.alternatives import AdaptedFull, Alternative, LowRank, Seams
+from experiments.optimizers import optimizer_of
 from experiments.smollm2 import LAYER_NAMES, prose, write_model, write_text
-from experiments.variants import Alternative, DrawnDepth, LowRank, RandomBases, Rounded, Seams
+from experiments.variants import (
+    DrawnDepth,
+    GateStart,
+    MeanInput,
+    OwnBases,
+    RandomBases,
+    Released,
+    Rounded,
+    SizedStepNorm,
+    TokenInput,
+    WindowInput,
+    ZeroInput,
+    states_before_loop,
+    window_mean,
+)
 from hub import load_tokenizer
 from ouroboros import Ouroboros
 from qwen import PROJECTIONS, Qwen, rotary_at
+from train import train
 
 CUT = dict(prelude=2, recurrent=3, coda=2, rank=4)
-KINDS = ("scale", "matrix", "lora", "lora one", "layer")
+KINDS = ("matrix", "lora", "lora one")
 
 # ---- Alternatives to the paper's system ------------------------------------------------------------------
 
@@ -68,15 +85,11 @@ def test_an_alternative_is_what_it_says(kind):
         for k, projection in layers[i].projections().items():
             lora = adapters[i].lora[k]
             projection.weight += lora.B @ lora.A
-    if kind == "layer":
-        layers[3].load_state_dict(model.recurrent.state_dict())
 
     rotary = rotary_at(SMALL, 0, ids.shape[1], "cpu")
     h = model.embed_tokens(ids)
     for i in (0, 1, 3, 4, 5):
         h = layers[i](h, rotary)
-        if i == 3 and kind == "scale":
-            h = h * model.behind_recurrent.scale
         if i == 3 and kind == "matrix":
             h = h @ model.behind_recurrent.weight.T
     assert torch.allclose(model(ids), model.norm(h) @ model.head_weight.T, atol=1e-4)
@@ -87,16 +100,12 @@ def test_an_alternative_is_what_it_says(kind):
 def test_an_alternative_trains_nothing_else(kind):
     trained = alternative(kind).trained_parameters()
     prefixes = {
-        "scale": ("behind_recurrent.",),
         "matrix": ("behind_recurrent.",),
         "lora": ("prelude_adapters.", "recurrent_adapter.", "coda_adapters."),
         "lora one": ("recurrent_adapter.",),
-        "layer": ("recurrent.",),
     }
     found = {name.split(".")[0] + "." for name in trained}
     assert found == set(prefixes[kind])
-    if kind == "layer":
-        assert len(trained) == len(small_qwen().layers[3].state_dict())
 
 
 # ---- Variants of the paper's system and of the patch -----------------------------------------------------
@@ -114,11 +123,19 @@ def test_random_bases_are_orthogonal_and_have_the_singular_values_of_the_true_on
         assert not torch.allclose(B @ A, true[k].B @ true[k].A, atol=1e-2)
 
 
-@pytest.mark.parametrize("seams", ["in", "out", "none"])
-def test_only_the_seam_that_is_named_is_trained(seams):
-    model = Seams(small_qwen(), seams, train_coda="none", **CUT)
-    assert model.seam_in.P.weight.requires_grad == (seams == "in")
-    assert model.seam_out.P.weight.requires_grad == (seams == "out")
+def test_own_bases_are_those_of_the_recurrent_layer_alone():
+    projections = small_qwen().layers[3].projections()
+    for k, lora in OwnBases(small_qwen(), **CUT).lora.items():
+        U, S, V = torch.linalg.svd(projections[k].weight)
+        best = U[:, :4] * S[:4] @ V[:4]  # the best approximation of rank 4
+        assert torch.allclose(lora.B @ lora.A, best, atol=1e-4)
+
+
+@pytest.mark.parametrize("one_seam", ["in", "out"])
+def test_only_the_seam_that_is_named_is_trained(one_seam):
+    model = Seams(small_qwen(), one_seam, train_coda="none", **CUT)
+    assert model.seam_in.P.weight.requires_grad == (one_seam == "in")
+    assert model.seam_out.P.weight.requires_grad == (one_seam == "out")
     assert model.opening.requires_grad
 
 
@@ -161,12 +178,136 @@ def test_an_evaluation_decides_the_depth_itself():
             assert torch.equal(model.loss(tokens(), tokens(), depth=depth), expected)
 
 
+# ---- The Controller's input ------------------------------------------------------------------------------
+
+
+def diagonals(model: Ouroboros, ids):
+    """The diagonals of the first step of the loop, [B, T or 1, r] for q_proj."""
+    h = states_before_loop(model, ids)
+    return model.controller(model.pool(h), 0)["q_proj"]
+
+
+def moved(model: Ouroboros) -> Ouroboros:
+    move_trained_weights(model, 0.5)
+    return model
+
+
+@torch.no_grad()
+def test_zero_input_gives_the_same_modulation_for_every_text():
+    model = moved(ZeroInput(small_qwen(), **CUT))
+    assert torch.equal(diagonals(model, tokens(seed=1)), diagonals(model, tokens(seed=2)))
+    assert diagonals(model, tokens()).abs().max() > 0
+
+
+@torch.no_grad()
+def test_mean_input_is_the_mean_over_the_text_it_was_measured_on_whatever_the_input():
+    model = moved(MeanInput(small_qwen(), **CUT))
+    model.measure(tokens(B=3))
+    h = states_before_loop(model, tokens(B=3))
+    prefix_means = torch.stack([h[:, : t + 1].mean(1) for t in range(h.shape[1])], dim=1)
+    assert torch.allclose(model.mean_input, prefix_means.mean((0, 1)), atol=1e-5)
+    assert torch.equal(diagonals(model, tokens(seed=1)), diagonals(model, tokens(seed=2)))
+    other = ZeroInput(small_qwen(), **CUT)
+    other.load_state_dict(model.state_dict(), strict=False)
+    assert not torch.allclose(diagonals(model, tokens()), diagonals(other, tokens()))
+
+
+@torch.no_grad()
+def test_token_input_depends_on_the_token_alone():
+    model = moved(TokenInput(small_qwen(), **CUT))
+    h = states_before_loop(model, tokens())
+    assert torch.equal(model.pool(h), h)
+
+
+def test_the_window_is_the_mean_over_the_last_16_positions():
+    h = torch.randn(2, 40, 8)
+    pooled = window_mean(h)
+    assert torch.allclose(pooled[:, 30], h[:, 15:31].mean(1), atol=1e-6)
+    assert torch.allclose(pooled[:, 15], h[:, :16].mean(1), atol=1e-6)
+    assert torch.allclose(pooled[:, 4], h[:, :5].mean(1), atol=1e-6)
+    assert torch.equal(pooled[:, 0], h[:, 0])
+
+
+@pytest.mark.parametrize("model_class", [TokenInput, WindowInput, ZeroInput])
+def test_generation_with_another_input_is_that_without_a_cache(model_class):
+    model = moved(model_class(small_qwen(), **CUT))
+    ids = tokens(T=20)
+    assert torch.equal(model.generate(ids, 5), greedy_without_cache(model, ids, 5))
+
+
+# ---- Other starts, and the system as released ------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_sized_step_norm_starts_at_the_size_of_the_state():
+    ids = tokens(B=3)
+    h = states_before_loop(small_model(), ids)[:, 1:]
+    model = SizedStepNorm(small_qwen(), **CUT)
+    model.measure(ids)
+    assert torch.allclose(model.step_norm.weight, h.square().mean().sqrt().expand(64, 32))
+    by_channel = SizedStepNorm(small_qwen(), size="channel", **CUT)
+    by_channel.measure(ids)
+    assert torch.allclose(by_channel.step_norm.weight, h.square().mean((0, 1)).sqrt().expand(64, 32))
+
+
+def test_a_gate_starts_at_the_bias_that_is_given():
+    model = GateStart(small_qwen(), gate_bias=-4.0, **CUT)
+    h = torch.randn(1, 3, 32)
+    assert torch.allclose(model.gate(h, h), torch.tensor(-4.0).sigmoid())
+
+
+def test_released_keeps_bfloat16_weights_after_steps_at_a_rate_that_stays(tmp_path):
+    model = Released(small_qwen(), depth=16, **CUT)
+    options = training_options(tmp_path, steps=4, warmup=2)
+    optimizer = optimizer_of(model, options, torch.device("cpu"), constant_rate=True)
+    rates = []
+    optimizer.register_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    train(model, FixedBatches(), FixedBatches(), options, torch.device("cpu"), optimizer=optimizer)
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01])
+    for name, p in model.trained_parameters().items():
+        assert p.dtype == torch.bfloat16, name
+    assert model.DEPTHS == (4, 8, 16)
+
+
+def test_only_the_table_of_diagonals_is_trained_at_a_multiple_of_the_rate(tmp_path):
+    model = small_model(modulation="static")
+    options = training_options(tmp_path, norm_lr_scale=50.0)
+    usual = optimizer_of(model, options, torch.device("cpu"))
+    faster = optimizer_of(model, options, torch.device("cpu"), table_rate=30.0)
+    for group, other in zip(usual.param_groups, faster.param_groups):
+        is_table = group["params"][0] is model.controller.table
+        assert other["scale"] == group["scale"] * (30 if is_table else 1)
+
+
+# ---- The adapted full model ------------------------------------------------------------------------------
+
+
+def test_the_adapted_full_model_starts_as_the_full_model_and_trains_adapters_on_every_layer():
+    model = AdaptedFull(small_qwen())
+    assert torch.allclose(model(tokens()), small_qwen()(tokens()), atol=1e-5)
+    trained = model.trained_parameters()
+    assert {name.split(".")[0] for name in trained} == {"adapters"}
+    assert {name.split(".")[1] for name in trained} == set("012345")
+    loss = model.loss(tokens(), tokens())
+    loss.backward()
+    assert all(p.grad is not None for p in trained.values())
+
+
 VARIANTS = [
     (RandomBases, {}),
+    (OwnBases, {}),
+    (ZeroInput, {}),
+    (MeanInput, {}),
+    (TokenInput, {}),
+    (WindowInput, {}),
+    (SizedStepNorm, {"size": "channel"}),
+    (GateStart, {"gate_bias": 0.0}),
     (DrawnDepth, {}),
     (Rounded, {}),
-    (Seams, {"seams": "in", "train_coda": "none"}),
+    (Released, {}),
+    (Seams, {"one_seam": "in", "train_coda": "none"}),
     (LowRank, {"train_coda": "all"}),
+    (AdaptedFull, {}),
     *((Alternative, {"kind": kind}) for kind in KINDS),
 ]
 
@@ -180,19 +321,6 @@ def test_a_saved_variant_comes_back_bit_for_bit(kind, settings, tmp_path):
     again = kind.load(tmp_path / "run")
     assert torch.equal(again(tokens()), model(tokens()))
     assert again.trained_parameters().keys() == model.trained_parameters().keys()
-
-
-# ---- Tables ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model", ["tiny", "smollm2"])
-def test_the_tables_in_the_repository_are_those_of_the_logs_beside_them(model, tmp_path):
-    results = ROOT / "experiments" / "paper" / model
-    again = tmp_path / model
-    shutil.copytree(results, again, ignore=shutil.ignore_patterns("*.md", "*.png", "*.svg"))
-    write_all(again)
-    assert (again / "tables.md").read_text() == (results / "tables.md").read_text()
-    assert {path.name for path in again.iterdir()} == {path.name for path in results.iterdir()}
 
 
 # ---- SmolLM2 ---------------------------------------------------------------------------------------------
