@@ -101,15 +101,17 @@ def similarity_of_inputs(model: Ouroboros, batches: Batches, device) -> dict:
     position, whose state is many times larger than the others and hardly depends on the text.
     """
     ids, _ = batches.batch(FIRST_OF_TEST, STATES_OF, device)
-    h = torch.cat([states_before_loop(model, sequence) for sequence in ids.split(1)])  # [N, T, d]
+    h = promote(torch.cat([states_before_loop(model, sequence) for sequence in ids.split(1)]))  # [N, T, d]
     similarity = {name: mean_cosine(pool(h)) for name, pool in POOLS.items()}
     similarity["prefix from the second"] = mean_cosine(prefix_mean(h[:, 1:]))
     return similarity
 
 
 def mean_cosine(x) -> float:
-    """The mean cosine of two rows of x [N, T, d] at the same position, over every 16th position."""
-    x = F.normalize(promote(x[:, STRIDE - 1 :: STRIDE] if x.shape[1] > 1 else x), dim=-1)
+    """The mean cosine of two rows of x [N, T or 1, d] at the same position, over every 16th position."""
+    if x.shape[1] > 1:
+        x = x[:, STRIDE - 1 :: STRIDE]
+    x = F.normalize(x, dim=-1)
     cosines = torch.einsum("ntd,mtd->tnm", x, x)  # [T / 16, N, N]
     pairs = x.shape[1] * len(x) * (len(x) - 1)
     own = x.shape[1] * len(x)  # the cosine of a row with itself is 1
@@ -161,7 +163,7 @@ def similarity_of_layers(weights) -> float:
     flat = torch.stack([F.normalize(promote(weight).flatten(), dim=0) for weight in weights])
     cosines = (flat @ flat.T).abs()
     count = len(weights)
-    return ((cosines.sum().item() - count) / (count * (count - 1))) if count > 1 else 0.0
+    return (cosines.sum().item() - count) / (count * (count - 1))
 
 
 # ---- As the released code measures -----------------------------------------------------------------------
