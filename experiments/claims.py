@@ -27,7 +27,7 @@ SPREAD_OF_PAPER = 0.009  # nats: all configurations of the paper lie within this
 TRAINING_TEXT = ("objective", "train")
 SHIFTED = ("objective", "held-out t+2")
 SENTENCES = ("sentences",)
-MEASURED_ON = {
+PLACES = {
     HELD_OUT: "on held-out text",
     TRAINING_TEXT: "on training text",
     SHIFTED: "on the token t+2 of held-out text",
@@ -64,7 +64,7 @@ def verdict(expected: str, difference: Summary) -> str:
 
 def compare(records: Records, claim: str, name: str, expected: str, other: str, path=HELD_OUT) -> Row:
     """A row that compares two configurations. expected: as for verdict."""
-    compared = f"{name} is {expected} than {other} {MEASURED_ON[path]}"
+    compared = f"{name} is {expected} than {other} {PLACES[path]}"
     if not (records.has(name, path) and records.has(other, path)):
         return Row(claim, compared, UNKNOWN)
     difference = records.difference(name, other, path)

@@ -85,7 +85,7 @@ def losses_with_swapped_pool(model: Ouroboros, batches: Batches, device) -> list
 
 # ---- How much the Controller's input varies --------------------------------------------------------------
 
-POOLS = {
+INPUTS_BY_POOL = {
     "prefix": prefix_mean,
     "sequence": sequence_mean,
     "window": window_mean,
@@ -102,7 +102,7 @@ def similarity_of_inputs(model: Ouroboros, batches: Batches, device) -> dict:
     """
     ids, _ = batches.batch(FIRST_OF_TEST, STATES_OF, device)
     h = promote(torch.cat([states_before_loop(model, sequence) for sequence in ids.split(1)]))  # [N, T, d]
-    similarity = {name: mean_cosine(pool(h)) for name, pool in POOLS.items()}
+    similarity = {name: mean_cosine(pool(h)) for name, pool in INPUTS_BY_POOL.items()}
     similarity["prefix from the second"] = mean_cosine(prefix_mean(h[:, 1:]))
     return similarity
 

@@ -37,7 +37,7 @@ from qwen import Qwen
 from run_folder import FILE_NAME, STEP_FOLDER, is_bad, read_log
 from train import check_same_text, first_tokens, loop_settings, train
 
-MEASURED_ON = 16  # sequences of training text on which a Measured variant is measured
+SEQUENCES_MEASURED = 16  # sequences of training text on which a Measured variant is measured
 
 # ---- A run -----------------------------------------------------------------------------------------------
 
@@ -82,15 +82,16 @@ def train_and_measure(run: Run, study: Study):
         "parameters": parameters_by_part(model),
         "tokens": options.steps * options.batch_size * options.accumulation * options.seq_len,
     }
+    held_out = texts.held_out()
     try:
-        held_out = texts.held_out()
-        if train(model, training, held_out, options, device, checkpoint, loss_of, optimizer):
-            raise UserError(f"{run.name}: was stopped, and saved; the same command continues it")
+        stopped = train(model, training, held_out, options, device, checkpoint, loss_of, optimizer)
     except UserError:
         if not has_diverged(folder):
             raise
         result["diverged"] = True
     else:
+        if stopped:
+            raise UserError(f"{run.name}: was stopped, and saved; the same command continues it")
         result.update(measurements(run, model, texts, device))
         result["diverged"] = not all_finite(result["loss"])
 
@@ -123,7 +124,7 @@ def new_model(run: Run, qwen: Qwen, options) -> Ouroboros:
 def start_from_text(model: Ouroboros, qwen: Qwen, training: Batches, options, device):
     """Set what of a new model comes from text without a step of training."""
     if isinstance(model, Measured):
-        ids, _ = training.batch(0, MEASURED_ON, device)
+        ids, _ = training.batch(0, SEQUENCES_MEASURED, device)
         model.measure(ids)
     if options.seam_tokens > 0:
         mend_seams(model, qwen, first_tokens(training, options, device), options.batch_size)

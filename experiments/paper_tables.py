@@ -9,13 +9,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.claims import claims_table
+from experiments.measure import DEPTHS
 from experiments.pictures import draw_curves, draw_depths
 from experiments.records import CUT, FULL, HELD_OUT, OTHER, VALIDATION, Records
 from experiments.runs import ALTERNATIVES, TABLE_RATES
 from experiments.tasks import binomial
 from files import UserError, exit_on_user_error, replace_file
-
-TESTED_DEPTHS = (1, 2, 4, 8, 16)
 
 CAPTION = """Losses are in nats per token, on the test sample: 128 sequences on which nothing was chosen. ± is
 the standard error over the sequences; the number in brackets is the standard deviation over the seeds, where
@@ -88,7 +87,7 @@ def comparison(title: str, records: Records, labels: dict[str, str], reference: 
                 share_cell(records, name, OTHER),
             ]
         )
-    if list(labels)[0] == reference and len(rows) == 1:  # nothing to compare
+    if len(rows) < 2:  # nothing to compare
         return ""
     return table(title, head, rows, caption)
 
@@ -204,12 +203,15 @@ top 32 singular vectors of R and of W; an overlap is a mean squared cosine, 1 fo
 
 
 def base_runs(records: Records, depth: int) -> str:
+    name = f"depth{depth} controller"
     labels = {
-        f"depth{depth} controller": "the bases of R",
+        name: "the bases of R",
         f"depth{depth} own bases": "those of the recurrent layer",
         f"depth{depth} random bases": "random orthogonal ones",
     }
-    return comparison(f"5. Trained with other bases, depth {depth}", records, labels, list(labels)[0])
+    return comparison(
+        f"5. Trained with other bases, depth {depth}", records, labels, f"depth{depth} controller"
+    )
 
 
 def parts(records: Records, depth: int) -> str:
@@ -224,7 +226,7 @@ def parts(records: Records, depth: int) -> str:
         f"{name} gate bias -4": "gate started at -4",
         f"{name} gate bias 0": "gate started at 0",
     }
-    return comparison(f"6. Step norm and gate, depth {depth}", records, labels, list(labels)[0])
+    return comparison(f"6. Step norm and gate, depth {depth}", records, labels, name)
 
 
 def ranks_and_rates(records: Records, depth: int) -> str:
@@ -297,10 +299,10 @@ def depths(records: Records) -> str:
     for name in [*(f"depth{depth} controller" for depth in (1, 4, 8, 16)), "drawn depth", "released"]:
         if records.has(name, ("depths",)):
             row = [name]
-            for depth in TESTED_DEPTHS:
+            for depth in DEPTHS:
                 row.append(mean_cell(records, name, ("depths", str(depth))))
             rows.append(row)
-    head = ["trained with", *(f"depth {depth}" for depth in TESTED_DEPTHS)]
+    head = ["trained with", *(f"depth {depth}" for depth in DEPTHS)]
     caption = (
         "Of the first seed, on held-out text. The drawn depth is 1, 2, 4 or 8; that of released 4, 8 or 16."
     )
