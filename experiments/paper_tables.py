@@ -226,7 +226,7 @@ def parts(records: Records, depth: int) -> str:
         f"{name} gate bias -4": "gate started at -4",
         f"{name} gate bias 0": "gate started at 0",
     }
-    return comparison(f"6. Step norm and gate, depth {depth}", records, labels, name)
+    return comparison(f"6. Step norm and gate, depth {depth}", records, labels, f"{name} controller")
 
 
 def ranks_and_rates(records: Records, depth: int) -> str:
