@@ -209,9 +209,7 @@ def base_runs(records: Records, depth: int) -> str:
         f"depth{depth} own bases": "those of the recurrent layer",
         f"depth{depth} random bases": "random orthogonal ones",
     }
-    return comparison(
-        f"5. Trained with other bases, depth {depth}", records, labels, f"depth{depth} controller"
-    )
+    return comparison(f"5. Trained with other bases, depth {depth}", records, labels, name)
 
 
 def parts(records: Records, depth: int) -> str:
