@@ -171,7 +171,6 @@ def add_central_runs(runs: RunList):
     add_ablations(runs, 1, seeds=1)
     add_released(runs, seeds=1)
     add_ranks_and_rates(runs, 1, seeds=1)
-    add_parts_of_the_patch(runs)
     add_long_runs(runs, 1)
 
 
