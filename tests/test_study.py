@@ -18,12 +18,15 @@ from experiments.measure import (
     overlap,
     sample_losses,
 )
-from experiments.one_run import measure_baselines, train_and_measure
+from experiments.one_run import measure_baselines, new_model, run_arguments, train_and_measure
+from experiments.optimizers import optimizer_of
 from experiments.paper_tables import write_all
 from experiments.records import CUT, HELD_OUT, VALIDATION, Records, Summary
 from experiments.runs import all_runs
 from experiments.study import Study
 from files import UserError
+from options import parse_options
+from qwen import Qwen
 
 # ---- What is measured ------------------------------------------------------------------------------------
 
@@ -115,8 +118,9 @@ def test_every_run_has_a_name_and_a_file_of_its_own(central):
 def small_study(tmp_path_factory):
     """A study of a small random model, of 2 steps and a few evaluation sequences."""
     folder = tmp_path_factory.mktemp("study")
-    config = replace(SMALL, vocab_size=400, num_key_value_heads=4, eos_token_id=(0,))
-    model = folder_of(small_qwen(config=config), folder / "model")  # wide enough for rank 32
+    wide = dict(hidden_size=64, intermediate_size=64, head_dim=16, num_key_value_heads=4)  # for rank 64
+    config = replace(SMALL, vocab_size=400, eos_token_id=(0,), **wide)
+    model = folder_of(small_qwen(config=config), folder / "model")
     TOKENIZER.save(str(model / "tokenizer.json"))
     text = folder / "text"
     text.mkdir()
@@ -132,6 +136,18 @@ def small_study(tmp_path_factory):
         run_folder=folder / "runs",
         results=folder / "results",
     )
+
+
+@pytest.mark.parametrize("central", [False, True])
+def test_every_run_has_a_model_and_an_optimizer(central, small_study):
+    qwen = Qwen.from_pretrained(small_study.model)
+    for name, run in all_runs(central).items():
+        if name.endswith("seed0"):
+            options, _ = parse_options(run_arguments(run, small_study, small_study.run_folder, is_new=True))
+            assert options.steps == 2 * run.times_steps
+            model = new_model(run, qwen, options)
+            assert type(model) is run.model_class
+            optimizer_of(model, options, torch.device("cpu"), **run.optimizer)
 
 
 KINDS = [
