@@ -19,7 +19,8 @@ means that the system named first is better. ± is its standard error over the s
 brackets is its standard deviation over the seeds. Both together give the error of the verdict. A difference
 counts as seen if it is larger than two errors. "Better" and "worse" hold if such a difference was seen, and
 do not hold if it was seen the other way. "No better" does not hold if the system was seen to be better. Where
-there is one seed, the error leaves out how much another seed would change."""
+there is one seed, the deviation over the seeds is taken to be the median of that of all systems with several
+seeds."""
 
 SPREAD_OF_PAPER = 0.009  # nats: all configurations of the paper lie within this
 
@@ -68,7 +69,8 @@ def compare(records: Records, claim: str, name: str, expected: str, other: str, 
     if not (records.has(name, path) and records.has(other, path)):
         return Row(claim, compared, UNKNOWN)
     difference = records.difference(name, other, path)
-    return Row(claim, compared, verdict(expected, difference), difference, records.log_names(name, other))
+    logs = records.log_names(name, other, path=path)
+    return Row(claim, compared, verdict(expected, difference), difference, logs)
 
 
 # ---- The claims ------------------------------------------------------------------------------------------

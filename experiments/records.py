@@ -6,8 +6,9 @@ each sequence, and the spread, which is the standard deviation over the seeds.
 """
 
 import math
+from functools import cached_property
 from pathlib import Path
-from statistics import stdev
+from statistics import median, stdev
 from typing import NamedTuple
 
 from evaluate import Estimate, gap_recovered, mean_loss
@@ -23,19 +24,22 @@ FULL, CUT = "full", "cut"
 
 
 class Summary(NamedTuple):
-    """A mean over sequences and seeds with its two errors. spread: None where there is one seed."""
+    """A mean over sequences and seeds with its two errors.
+
+    spread: None where there is one seed. assumed_spread: what stands for it then in the total error.
+    """
 
     mean: float
     error: float
     spread: float | None
     seeds: int
+    assumed_spread: float = 0.0
 
     @property
     def total_error(self) -> float:
-        """The standard error of the mean from both sources. With one seed, that of the seeds is missing."""
-        if self.spread is None:
-            return self.error
-        return math.sqrt(self.error**2 + self.spread**2 / self.seeds)
+        """The standard error of the mean from both sources."""
+        spread = self.assumed_spread if self.spread is None else self.spread
+        return math.sqrt(self.error**2 + spread**2 / self.seeds)
 
     def __str__(self) -> str:
         spread = "" if self.spread is None else f" ({self.spread:.3f})"
@@ -103,14 +107,16 @@ class Records:
                 found[seed] = numbers
         return found
 
-    def log_names(self, *names: str) -> str:
-        """The names of the files of these configurations, for people to read."""
+    def log_names(self, *names: str, path=HELD_OUT) -> str:
+        """The names of the files with the numbers of these configurations, for people to read."""
         files = []
         for name in names:
-            seeds = [str(seed) for seed in self.results(name) if seed is not None]
-            if len(seeds) == 1:
+            seeds = list(self.values(name, path))
+            if seeds == [None]:
+                files.append("baselines")
+            elif len(seeds) == 1:
                 files.append(f"{name.replace(' ', '-')}-seed{seeds[0]}")
-            elif seeds:
+            else:
                 files.append(f"{name.replace(' ', '-')}-seed[{seeds[0]}-{seeds[-1]}]")
         return ", ".join(files)
 
@@ -133,8 +139,23 @@ class Records:
         return summary(list(self.values(name, path).values()), share_of)
 
     def difference(self, name: str, other: str, path=HELD_OUT, other_path=None) -> Summary:
-        """name - other, paired by sequence and by seed. Only the seeds that both have count."""
-        return summary(self.differences(name, other, path, other_path or path), mean_loss)
+        """name - other, paired by sequence and by seed. Only the seeds that both have count.
+
+        Where that is one seed, the spread in the total error is the usual one.
+        """
+        difference = summary(self.differences(name, other, path, other_path or path), mean_loss)
+        if None in self.values(name, path):  # a baseline, which has no seeds
+            return difference
+        return difference._replace(assumed_spread=self.usual_spread)
+
+    @cached_property
+    def usual_spread(self) -> float:
+        """The median spread of the held-out losses of all configurations with several seeds, or 0."""
+        spreads = []
+        for name in self.configurations:
+            if len(self.values(name)) > 1:
+                spreads.append(self.mean(name).spread)
+        return median(spreads) if spreads else 0.0
 
     def difference_of_differences(self, name: str, other: str, name2: str, other2: str) -> Summary:
         """(name - other) - (name2 - other2) on held-out text, paired by sequence and by seed."""

@@ -269,6 +269,15 @@ def test_a_mean_has_the_error_of_its_sequences_and_the_spread_of_its_seeds(made_
     assert records.difference("depth1 controller", CUT, HELD_OUT).mean == pytest.approx(-0.9)
 
 
+def test_one_seed_is_given_the_spread_that_others_have(made_up):
+    records = made_up(depth1_controller=[3.0, 3.2], depth1_static=[3.5, 3.5], depth16_controller=[3.1])
+    difference = records.difference("depth16 controller", "depth1 controller")
+    assert difference.spread is None
+    assert difference.assumed_spread == pytest.approx((0 + 0.2 / 2**0.5) / 2)  # the median of two
+    assert difference.total_error == pytest.approx(difference.assumed_spread)  # the sequences add nothing
+    assert records.difference("full", CUT).total_error == pytest.approx(0, abs=1e-9)
+
+
 def test_a_verdict_needs_more_than_two_errors():
     def number(mean: float) -> Summary:
         return Summary(mean, 0.1, None, 1)
