@@ -171,10 +171,16 @@ def state_of(file: Path) -> tuple[int, int]:
 def refuse_path(path: Path, notes: list[str]):
     """Raise a UserError that says why there is no text at this path."""
     advice = f"--data takes {', '.join(SUFFIXES)}, a folder of them, python or fineweb-edu"
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path}: a link to a file that is not there; {advice}")
     skipped = f" ({'; '.join(notes)})" if notes else ""
-    raise UserError(f"{path}: no such file, or no text in it{skipped}; {advice}")
+    if path.is_dir():
+        reason = f"no text in this folder{skipped}"
+    elif path.exists():
+        reason = "not a kind of text that can be read"
+    elif path.is_symlink():
+        reason = "a link to a file that is not there"
+    else:
+        reason = "no such file or folder"
+    raise UserError(f"{path}: {reason}; {advice}")
 
 
 def hash_files(files: list[Path]) -> dict[Path, str]:
