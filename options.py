@@ -447,8 +447,9 @@ def check_numbers(options):
             continue
         zero_allowed = name in may_be_zero
         if not (0 < value < EVALUATION_SEED or (zero_allowed and value == 0)):
+            smallest = "from 0" if zero_allowed else "above 0"
             raise UserError(
-                f"--{name.replace('_', '-')} {value}: give a number above 0 and below {EVALUATION_SEED:,}"
+                f"--{name.replace('_', '-')} {value}: give a number {smallest} and below {EVALUATION_SEED:,}"
             )
 
 

@@ -212,23 +212,30 @@ def hash_files(files: list[Path]) -> dict[Path, str]:
 
 
 class FolderSearch:
-    """The text files of a folder and of its subfolders, sorted, and those that were skipped.
+    """The text files of a folder and of its subfolders, sorted, and what was left out.
 
-    Skipped are hidden and unfinished files, and what a program left: runs of train.py, models, virtual
-    environments. A file or folder that is reached twice, through links, is taken once.
+    Left out are files of other kinds. Skipped are hidden and unfinished files, and what a program left: runs
+    of train.py, models, virtual environments. A file or folder that is reached twice, through links, is
+    taken once.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.files = []
         self.skipped = []  # "name (reason)"
+        self.other_kinds = []  # names
         self.seen = set()  # (device, inode) of each file and folder that was reached
         self._search(folder)
 
     def notes(self) -> list[str]:
-        if not self.skipped:
-            return []
-        return [f"skipped: {short_list(self.skipped)}"]
+        notes = []
+        if self.skipped:
+            notes.append(f"skipped: {short_list(self.skipped)}")
+        if self.other_kinds:
+            notes.append(
+                f"left out, because only {', '.join(SUFFIXES)} are read: {short_list(self.other_kinds)}"
+            )
+        return notes
 
     def _search(self, folder: Path):
         self._is_new(folder.stat())
@@ -248,6 +255,8 @@ class FolderSearch:
                     self.skipped.append(f"{path.relative_to(self.folder)} (a folder without text)")
             elif not is_folder and kind_of(path) and status.st_size > 0 and self._is_new(status):
                 self.files.append(path)
+            elif not is_folder and kind_of(path) is None and not path.name.startswith("."):
+                self.other_kinds.append(str(path.relative_to(self.folder)))
 
     def _is_new(self, status) -> bool:
         """Whether a file or folder is reached for the first time."""
