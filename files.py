@@ -111,6 +111,7 @@ def exit_on_user_error(main, memory_advice="take a smaller model or text, or a m
     try:
         main()
     except KeyboardInterrupt:
+        print("ended by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join(str(error).split())

@@ -52,6 +52,6 @@ def make_output_safe():
             setattr(sys, name, SafeStream(stream))
 
 
-def reader_is_gone() -> bool:
-    """Whether nobody reads what is printed any more."""
-    return any(getattr(stream, "reader_is_gone", False) for stream in (sys.stdout, sys.stderr))
+def reader_is_gone(*streams) -> bool:
+    """Whether nobody reads one of these streams any more, by default standard output and standard error."""
+    return any(getattr(stream, "reader_is_gone", False) for stream in streams or (sys.stdout, sys.stderr))

@@ -1,7 +1,9 @@
 """What train.py tells before and after training: sizes, times, the results table, a sample of text."""
 
 import math
+import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from data import Batches
 from evaluate import gap_recovered, mean_loss
 from hub import BUILT_IN, read_config, size_to_fetch, weight_names
 from ouroboros import Ouroboros
+from output import reader_is_gone
 from processes import WORLD_SIZE
 from sources import FINEWEB
 
@@ -131,6 +134,14 @@ def seconds_of_a_pass(model: Ouroboros, loss_of, batch) -> float:
     return seconds
 
 
+def announce_stop(run: Path):
+    """Print how a run goes on that was stopped. The reader of standard output may be gone."""
+    place = shlex.quote(str(run))
+    stream = sys.stderr if reader_is_gone(sys.stdout) else sys.stdout
+    print(f"stopped, and saved. To continue: python train.py --resume {place}", file=stream)
+    print(f"To see how good it is so far: python train.py --eval {place}", file=stream)
+
+
 # ---- After training --------------------------------------------------------------------------------------
 
 
@@ -156,6 +167,8 @@ def print_results(model: Ouroboros, results: dict, depth: int):
     print_row("gap recovered", ["no gap" if share is None else share.percent() for share in shares])
     if None in shares:
         print("no gap: on this text the full model is no better than the cut one")
+    if any(share is not None and share.mean > 1 for share in shares):
+        print("above 100%: unlike the full model, the looped one was trained on this kind of text")
     print("Losses are in nats per token, with their standard error over the sequences.")
 
 

@@ -171,10 +171,16 @@ def state_of(file: Path) -> tuple[int, int]:
 def refuse_path(path: Path, notes: list[str]):
     """Raise a UserError that says why there is no text at this path."""
     advice = f"--data takes {', '.join(SUFFIXES)}, a folder of them, python or fineweb-edu"
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path}: a link to a file that is not there; {advice}")
     skipped = f" ({'; '.join(notes)})" if notes else ""
-    raise UserError(f"{path}: no such file, or no text in it{skipped}; {advice}")
+    if path.is_dir():
+        reason = f"no text in this folder{skipped}"
+    elif path.exists():
+        reason = "not a kind of text that can be read"
+    elif path.is_symlink():
+        reason = "a link to a file that is not there"
+    else:
+        reason = "no such file or folder"
+    raise UserError(f"{path}: {reason}; {advice}")
 
 
 def hash_files(files: list[Path]) -> dict[Path, str]:
@@ -206,23 +212,30 @@ def hash_files(files: list[Path]) -> dict[Path, str]:
 
 
 class FolderSearch:
-    """The text files of a folder and of its subfolders, sorted, and those that were skipped.
+    """The text files of a folder and of its subfolders, sorted, and what was left out.
 
-    Skipped are hidden and unfinished files, and what a program left: runs of train.py, models, virtual
-    environments. A file or folder that is reached twice, through links, is taken once.
+    Left out are files of other kinds. Skipped are hidden and unfinished files, and what a program left: runs
+    of train.py, models, virtual environments. A file or folder that is reached twice, through links, is
+    taken once.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.files = []
         self.skipped = []  # "name (reason)"
+        self.other_kinds = []  # names
         self.seen = set()  # (device, inode) of each file and folder that was reached
         self._search(folder)
 
     def notes(self) -> list[str]:
-        if not self.skipped:
-            return []
-        return [f"skipped: {short_list(self.skipped)}"]
+        notes = []
+        if self.skipped:
+            notes.append(f"skipped: {short_list(self.skipped)}")
+        if self.other_kinds:
+            notes.append(
+                f"left out, because only {', '.join(SUFFIXES)} are read: {short_list(self.other_kinds)}"
+            )
+        return notes
 
     def _search(self, folder: Path):
         self._is_new(folder.stat())
@@ -242,6 +255,8 @@ class FolderSearch:
                     self.skipped.append(f"{path.relative_to(self.folder)} (a folder without text)")
             elif not is_folder and kind_of(path) and status.st_size > 0 and self._is_new(status):
                 self.files.append(path)
+            elif not is_folder and kind_of(path) is None and not path.name.startswith("."):
+                self.other_kinds.append(str(path.relative_to(self.folder)))
 
     def _is_new(self, status) -> bool:
         """Whether a file or folder is reached for the first time."""

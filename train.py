@@ -11,6 +11,7 @@ import threads  # noqa: F401 (it has to come before torch)
 
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -46,6 +47,7 @@ from qwen import Config, Qwen
 from report import (
     announce_download,
     announce_evaluation,
+    announce_stop,
     announce_time,
     print_parameters,
     print_results,
@@ -136,8 +138,7 @@ def main():
         stopped_by = train(model, training, columns["held-out"], options, device, checkpoint, loss_of)
         leave_processes()
         if stopped_by:
-            print(f"stopped, and saved. To continue: python train.py --resume {options.out}")
-            print(f"To see how good it is so far: python train.py --eval {options.out}")
+            announce_stop(options.out)
             sys.exit(128 + stopped_by)
         print(f"trained, and saved in {options.out}", flush=True)
 
@@ -153,7 +154,8 @@ def main():
         print_skipped_steps(read_log(options.out))
         print_sample(model, tokenizer, columns["held-out"], options.seed, device)
         draw_picture(options.out)
-        print(f'\nAll of it is in {options.out}. Write on: python sample.py {options.out} --prompt "..."')
+        place = shlex.quote(str(options.out))
+        print(f'\nAll of it is in {options.out}. Write on: python sample.py {place} --prompt "..."')
 
 
 # ---- The training loop -----------------------------------------------------------------------------------
@@ -186,7 +188,13 @@ def train(model, batches, held_out, options, device, checkpoint=None, loss_of=No
     share = share_of(sequences)  # those of this process: all of them, unless torchrun started several
     skipped = 0  # steps in a row without a finite loss and gradient
 
-    bar = tqdm(initial=first_step, total=options.steps, unit="step", disable=RANK > 0)
+    bar = tqdm(
+        initial=first_step,
+        total=options.steps,
+        unit="step",
+        mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; a file keeps every state of the bar
+        disable=RANK > 0,
+    )
     with StopSignals() as signals, bar:
         for step in range(first_step, options.steps):
             started = time.perf_counter()
@@ -337,8 +345,9 @@ def draw_picture(run: Path):
     environment = {**os.environ, "MPLBACKEND": "agg"}
     drawing = subprocess.run([sys.executable, program, run], env=environment, capture_output=True, text=True)
     if drawing.returncode != 0:
-        reason = drawing.stderr.strip().splitlines()[-1:]
-        print(f"loss.png was not drawn ({''.join(reason)}); python plot.py {run} draws it later")
+        reason = "".join(drawing.stderr.strip().splitlines()[-1:])
+        place = shlex.quote(str(run))
+        print(f"loss.png was not drawn ({reason}); python plot.py {place} draws it later")
 
 
 def save_checkpoint(model: Ouroboros, optimizer, options, step: int, bad_steps: list[int]):

@@ -315,7 +315,13 @@ def start(*arguments, env=None, cwd=None) -> subprocess.Popen:
         command = [sys.executable, str(ROOT / program)]
     command += map(str, arguments[1:])
     return subprocess.Popen(
-        command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
     )
 
 

@@ -269,8 +269,8 @@ def test_a_pickle_in_the_cache_is_not_loaded(source, tmp_path):
         ("text.jsonl", b'{"text": 1}\n', "cannot be read as text"),
         ("text.jsonl", b"no json\n", "cannot be read as text"),
         ("text.jsonl.gz", b"no gzip", "cannot be read as text"),
-        ("text.csv", b"a,b", "no such file, or no text in it"),
-        ("nothing", None, "no such file, or no text in it"),
+        ("text.csv", b"a,b", "text.csv: not a kind of text that can be read; --data takes .txt"),
+        ("nothing", None, "nothing: no such file or folder; --data takes .txt"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_one_clear_error(name, content, message, tmp_path):

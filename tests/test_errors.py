@@ -111,11 +111,11 @@ def test_where_memory_runs_out_a_program_says_which_of_its_options_helps(capsys)
     assert capsys.readouterr().err == "error: out of memory; try a shorter --prompt: MemoryError\n"
 
 
-def test_ctrl_c_is_exit_code_130_without_a_word(capsys):
+def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
     def main():
         raise KeyboardInterrupt
 
-    assert exit_of(main, capsys) == (130, "")
+    assert exit_of(main, capsys) == (130, "ended by Ctrl-C\n")
 
 
 def raising(bug):

@@ -32,6 +32,7 @@ def test_a_reader_that_goes_away_ends_a_run_as_sigterm_does(pretrained, tmp_path
     errors = process.stderr.read()
     assert process.wait(timeout=600) == 143
     assert "Traceback" not in errors
+    assert f"stopped, and saved. To continue: python train.py --resume {out}" in errors
     steps = len(log_rows(out))
     assert 3 <= steps == read_checkpoint(out)[1]["step"]
 

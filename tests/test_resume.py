@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,19 +42,19 @@ from options import parse_options
 
 def test_a_run_stopped_and_killed_and_resumed_ends_bit_for_bit_as_the_one_left_alone(pretrained, tmp_path):
     alone = tmp_path / "alone"
-    out = tmp_path / "stopped"
+    out = tmp_path / "a stopped run"
     command = quick_run(pretrained, 200)
     resume = ["train.py", "--resume", out]
     succeed(*command, "--out", alone)
 
     code, printed = stop_at(start(*command, "--out", out), out, 21, signal.SIGINT)
     assert code == 130
-    assert f"python train.py --resume {out}" in printed
+    assert f"python train.py --resume {shlex.quote(str(out))}\n" in printed
     code, _ = stop_at(start(*resume, "--save-every", 7), out, 50, signal.SIGKILL)
     assert code == -signal.SIGKILL
     code, printed = stop_at(start(*resume), out, 90, signal.SIGHUP)
     assert code == 129
-    assert f"--resume {out}" in printed
+    assert f"--resume {shlex.quote(str(out))}\n" in printed
     code, _ = stop_at(start(*resume), out, 130, signal.SIGINT, signal.SIGINT)
     assert code == 130
     with open(out / "log.jsonl", "a") as log:
@@ -77,6 +78,7 @@ def test_a_distilled_run_goes_on_with_the_full_model_and_ends_bit_for_bit(pretra
     stop_at(start("train.py", "--resume", out, "--save-every", 4), out, 30, signal.SIGKILL)
     with pytest.raises(UserError, match="--distill cannot change"):
         parse_options(["--resume", str(out), "--distill", "0"])
+    release_claims()
     succeed("train.py", "--resume", out)
     assert_same_end(alone, out)
 

@@ -274,6 +274,15 @@ def test_a_path_without_text_is_one_line_that_names_what_can_be_given(name, tmp_
         assert "skipped: ._a.txt (hidden)" in str(caught.value)
 
 
+def test_files_of_other_kinds_are_named(tmp_path):
+    write_text(tmp_path / "a.txt")
+    for name in ("notes.md", "table.csv", ".hidden"):
+        (tmp_path / name).write_text("not read")
+    (note,) = TextSource(tmp_path).notes
+    assert note.startswith("left out, because only .txt, ")
+    assert note.endswith(" are read: notes.md, table.csv")
+
+
 # ---- By what a text is known again -----------------------------------------------------------------------
 
 

@@ -349,9 +349,11 @@ def test_patch_carries_what_did_best_and_the_command_line_has_the_last_word():
 
     assert chosen() == (8, "controller", "none", 0.002)
     assert chosen("--patch") == (1, "none", "all", 0.006)
-    assert (parsed().seam_tokens, parsed().distill) == (0, 0.0)
-    assert (parsed("--patch").seam_tokens, parsed("--patch").distill) == (12_288, 0.5)
-    assert parsed("--patch", "--target-offset", "2").distill == 0.0
+    assert (parsed().seam_tokens, parsed().distill, parsed().steps) == (0, 0.0, 1000)
+    patch = parsed("--patch")
+    assert (patch.seam_tokens, patch.distill, patch.steps, patch.eval_every) == (12_288, 0.5, 500, 100)
+    patch = parsed("--patch", "--target-offset", "2")
+    assert (patch.distill, patch.steps) == (0.0, 1000)
     others = ["--depth", "4", "--modulation", "static", "--train-coda", "norms", "--lr", "0.1"]
     assert chosen("--patch", *others) == (4, "static", "norms", 0.1)
 
