@@ -4,13 +4,23 @@ Each class keeps what it adds to the settings of its base class in self.settings
 Ouroboros work for it as well.
 """
 
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ouroboros import NoGate, NoModulation, NoStepNorm, Ouroboros, TrainedLinear, check_choice, no_pool
+from ouroboros import (
+    NoGate,
+    NoModulation,
+    NoStepNorm,
+    Ouroboros,
+    TrainedLinear,
+    check_choice,
+    default_cut,
+    no_pool,
+)
 from patch import ADAPTER_RANK, Adapter, NoAdapter, Patched
 from qwen import apply_projection, rotary_at
 
@@ -159,6 +169,34 @@ class Seams(Patched):
         self.settings["one_seam"] = one_seam
         self.seam_in.requires_grad_(one_seam == "in")
         self.seam_out.requires_grad_(one_seam == "out")
+
+
+class PaperCut(Patched):
+    """The patch with the layers that the paper keeps."""
+
+    def __init__(self, qwen, **settings):
+        prelude, recurrent, coda = default_cut(qwen.config.num_hidden_layers)
+        settings.update(prelude=prelude, recurrent=recurrent, coda=coda)
+        super().__init__(qwen, **settings)
+
+
+class StepAdapters(Patched):
+    """The patch with a loop in which each step has an adapter of its own on the recurrent layer.
+
+    Without modulation. The steps are as different from each other as so many layers could be, at the price
+    of the parameters of an adapter for each.
+    """
+
+    def __init__(self, qwen, **settings):
+        super().__init__(qwen, **settings)
+        others = [copy.deepcopy(self.recurrent_adapter) for _ in range(self.depth - 1)]
+        self.later_adapters = nn.ModuleList(others)
+
+    def loop_step(self, h, t: int, rotary, step_cache=None):
+        t = min(t, self.depth - 1)
+        adapter = self.recurrent_adapter if t == 0 else self.later_adapters[t - 1]
+        h_new = self.recurrent(h, rotary, step_cache, adapter)
+        return torch.lerp(h, h_new, self.opening[t].to(h.dtype))
 
 
 class LowRank(Patched):

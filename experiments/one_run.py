@@ -8,6 +8,7 @@ import torch
 from data import Batches
 from device import pick_device, pick_dtype
 from evaluate import mean_loss
+from experiments.halting import measure_halting
 from experiments.measure import (
     FIRST_OF_TEST,
     SAMPLES,
@@ -24,7 +25,7 @@ from experiments.measure import (
 )
 from experiments.ngrams import STRENGTHS, Bigrams, Unigrams
 from experiments.optimizers import optimizer_of
-from experiments.runs import BY_DEPTH, CURVE, OBJECTIVE, SWAP, TASKS, Run
+from experiments.runs import BY_DEPTH, CURVE, HALTING, OBJECTIVE, SWAP, TASKS, Run
 from experiments.study import BASELINES, Study, Texts
 from experiments.tasks import measure_tasks
 from experiments.variants import Measured
@@ -38,6 +39,8 @@ from run_folder import FILE_NAME, STEP_FOLDER, is_bad, read_log
 from train import check_same_text, first_tokens, loop_settings, train
 
 SEQUENCES_MEASURED = 16  # sequences of training text on which a Measured variant is measured
+
+HALTING_DEPTH = 8  # the steps of the loop in which a token may stop
 
 # ---- A run -----------------------------------------------------------------------------------------------
 
@@ -151,6 +154,12 @@ def measurements(run: Run, model: Ouroboros, texts: Texts, device) -> dict:
         measured["swapped"] = losses_with_swapped_pool(model, both["held-out"], device)
     if BY_DEPTH in run.measures:
         measured["depths"] = losses_by_depth(model, both["held-out"], device)
+    if HALTING in run.measures:
+        measured["halting"] = {}
+        for sample, (first, sequences) in SAMPLES.items():
+            measured["halting"][sample] = measure_halting(
+                model, both["held-out"], sequences, HALTING_DEPTH, device, first
+            )
     if OBJECTIVE in run.measures:
         measured.update(objective(model, texts, device))
         measured["moved"] = distance_from_start(model)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from evaluate import mean_loss
 from experiments.claims import claims_table
+from experiments.halting import gain_over_fixed_depth
 from experiments.measure import DEPTHS
 from experiments.pictures import draw_curves, draw_depths
 from experiments.records import CUT, FULL, HELD_OUT, OTHER, VALIDATION, Records
@@ -310,6 +312,7 @@ def depths(records: Records) -> str:
 def past_the_paper(records: Records) -> str:
     labels = {
         "patch": "--patch",
+        "patch paper cut": "--patch, with the layers that the paper keeps",
         "patch without closed form": "--patch --seam-tokens 0",
         "patch distill 0": "--patch --distill 0",
         "patch distill 1": "--patch --distill 1",
@@ -329,6 +332,48 @@ def past_the_paper(records: Records) -> str:
 The alternatives have the paper's cut and no loop: a d x d matrix behind the recurrent layer, a LoRA on all
 kept layers, or a LoRA on the recurrent layer."""
     return comparison("11. Past the paper", records, labels, "patch", caption)
+
+
+def loops(records: Records) -> str:
+    labels = {
+        "patch": "--patch: no loop",
+        "patch depth4": "--patch --depth 4",
+        "patch depth8": "--patch --depth 8",
+        "patch depth4 own adapters": "--patch --depth 4, an adapter for each step",
+    }
+    caption = """With the seams mended and the full model as target: does a loop help then? All saw as many
+tokens."""
+    return comparison("12. Loops in the patch", records, labels, "patch", caption)
+
+
+def longer(records: Records) -> str:
+    rows = []
+    for name in ("patch", "long patch", "long depth1 controller", "long depth8 controller"):
+        if records.has(name):
+            row = [name, f"{records.first(name)['tokens']:,}", seeds_cell(records, name)]
+            row += [mean_cell(records, name), share_cell(records, name)]
+            row += [mean_cell(records, name, OTHER), share_cell(records, name, OTHER)]
+            rows.append([*row, choice_cell(records, name)])
+    head = ["", "tokens", "seeds", "held-out", "of the gap", "other", "of the gap"]
+    head.append("true continuation of four")
+    return table("13. Longer", head, rows)
+
+
+def halting(records: Records) -> str:
+    rows = []
+    for name in records.configurations:
+        if not any("halting" in result for result in records.results(name).values()):
+            continue
+        measured = records.first(name)["halting"]["test"]
+        for rule, numbers in [*measured["thresholds"].items(), ("oracle", measured["oracle"])]:
+            gain = gain_over_fixed_depth(numbers, measured["fixed"])
+            row = [name, rule, f"{mean_loss(numbers['steps']).mean:.2f}", str(mean_loss(numbers["loss"]))]
+            rows.append([*row, str(gain)])
+    head = ["", "threshold, nats", "steps on average", "held-out", "better than fixed depths by"]
+    caption = """A token stops as soon as two successive predictions differ by less than the threshold
+(experiments/halting.py). The comparison is with fixed depths that take as many steps on average. The oracle
+knows the target. Of the first seed."""
+    return table("14. Is there room for halting?", head, rows, caption)
 
 
 def write_all(folder: Path):
@@ -354,6 +399,9 @@ def write_all(folder: Path):
         parameters(records),
         depths(records),
         past_the_paper(records),
+        loops(records),
+        longer(records),
+        halting(records),
     ]
     text = "\n".join(part for part in tables if part)
     replace_file(folder / "tables.md", lambda part: part.write_text(text))

@@ -13,7 +13,7 @@ Names begin with the depth of the loop. Words in them:
 
 from dataclasses import dataclass, field
 
-from experiments.alternatives import AdaptedFull, Alternative, LowRank, Seams
+from experiments.alternatives import AdaptedFull, Alternative, LowRank, PaperCut, Seams, StepAdapters
 from experiments.variants import (
     DrawnDepth,
     GateStart,
@@ -45,6 +45,7 @@ TASKS = "tasks"  # the tasks of tasks.py
 SWAP = "swap"  # the losses with another text's pool
 BY_DEPTH = "depths"  # the losses at other depths than its own
 OBJECTIVE = "objective"  # the losses on training text and on the token t+2, and the released test
+HALTING = "halting"  # what a token loses that leaves the loop early
 CURVE = "curve"  # the held-out loss during the training
 
 
@@ -141,7 +142,7 @@ def add_tiny_runs(runs: RunList):
     add_adapted_full_model(runs, seeds=3)
     runs.add("depth4 controller", *at_depth(4), seeds=3, first_measures=(BY_DEPTH,))
     runs.add("depth16 controller", *at_depth(16), measures=(BY_DEPTH,))
-    runs.add("drawn depth", *at_depth(8), model_class=DrawnDepth, seeds=2, first_measures=(BY_DEPTH,))
+    runs.add("drawn depth", *at_depth(8), model_class=DrawnDepth, seeds=2, first_measures=(BY_DEPTH, HALTING))
     for depth in (1, 8):
         add_bases(runs, depth, seeds=3)
         add_norms(runs, depth, seeds=3)
@@ -155,8 +156,10 @@ def add_tiny_runs(runs: RunList):
         runs.add(name, *at_depth(8), model_class=GateStart, gate_bias=bias)
     add_patches(runs, seeds=3)
     add_parts_of_the_patch(runs)
+    add_loops(runs, (4, 8), seeds=3)
     add_alternatives(runs)
     add_long_runs(runs, 8)
+    add_long_patch(runs, times_steps=4, seeds=1)
 
 
 def add_central_runs(runs: RunList):
@@ -172,6 +175,8 @@ def add_central_runs(runs: RunList):
     add_released(runs, seeds=1)
     add_ranks_and_rates(runs, 1, seeds=1)
     add_long_runs(runs, 1)
+    add_long_patch(runs, times_steps=10, seeds=3)
+    add_loops(runs, (4,), seeds=1)
 
 
 # ---- The paper's claims ----------------------------------------------------------------------------------
@@ -274,9 +279,22 @@ def add_adapted_full_model(runs: RunList, seeds: int):
 def add_patches(runs: RunList, seeds: int):
     """--patch as it is, and without what it is made of."""
     runs.add("patch", "--patch", seeds=seeds, first_measures=(TASKS,))
+    runs.add("patch paper cut", "--patch", model_class=PaperCut)
     runs.add("patch without closed form", "--patch", "--seam-tokens", "0")
     for share in ("0", "1"):
         runs.add(f"patch distill {share}", "--patch", "--distill", share, first_measures=(TASKS,))
+
+
+def add_loops(runs: RunList, depths, seeds: int):
+    """The patch with a loop of several steps, and one whose steps have adapters of their own."""
+    for depth in depths:
+        runs.add(f"patch depth{depth}", "--patch", *at_depth(depth), seeds=seeds)
+    runs.add("patch depth4 own adapters", "--patch", *at_depth(4), seeds=seeds, model_class=StepAdapters)
+
+
+def add_long_patch(runs: RunList, times_steps: int, seeds: int):
+    measures = dict(measures=(CURVE,), first_measures=(TASKS,))
+    runs.add("long patch", "--patch", seeds=seeds, times_steps=times_steps, **measures)
 
 
 def add_parts_of_the_patch(runs: RunList):

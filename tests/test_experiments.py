@@ -16,7 +16,7 @@ from helpers import (
     training_options,
 )
 
-from experiments.alternatives import AdaptedFull, Alternative, LowRank, Seams
+from experiments.alternatives import AdaptedFull, Alternative, LowRank, PaperCut, Seams, StepAdapters
 from experiments.optimizers import optimizer_of
 from experiments.smollm2 import LAYER_NAMES, prose, write_model, write_text
 from experiments.variants import (
@@ -35,7 +35,7 @@ from experiments.variants import (
     window_mean,
 )
 from hub import load_tokenizer
-from ouroboros import Ouroboros
+from ouroboros import Ouroboros, default_cut
 from qwen import PROJECTIONS, Qwen, rotary_at
 from train import train
 
@@ -151,6 +151,26 @@ def test_low_rank_seams_have_two_factors_and_start_at_zero():
         assert down.weight.shape == (32 // 8, 32)
         assert up.weight.shape == (32, 32 // 8)
     assert torch.equal(model(tokens()), model.cut(tokens()))
+
+
+def test_the_paper_cut_has_the_layers_of_the_paper_and_the_parts_of_the_patch():
+    model = PaperCut(small_qwen(), prelude=2, recurrent=2, coda=1, rank=4)
+    settings = model.settings
+    assert (settings["prelude"], settings["recurrent"], settings["coda"]) == default_cut(6)
+    assert settings["seams"] and settings["train_coda"] == "all"
+
+
+def test_each_step_has_an_adapter_of_its_own():
+    """A change of one adapter counts from its own step on. Steps past the last use the last one."""
+    model = StepAdapters(small_qwen(), train_coda="all", depth=3, **{**CUT, "modulation": "none"})
+    assert torch.equal(model(tokens()), model.cut(tokens()))
+    move_trained_weights(model, 0.1)
+    before = [model(tokens(), depth=depth) for depth in (1, 2, 3, 4)]
+    with torch.no_grad():
+        model.later_adapters[1].B["q_proj"].weight.add_(1.0)
+    after = [model(tokens(), depth=depth) for depth in (1, 2, 3, 4)]
+    same = [torch.equal(x, y) for x, y in zip(before, after)]
+    assert same == [True, True, False, False]
 
 
 def test_the_depth_is_drawn_by_the_batch_alone_and_every_depth_occurs():
@@ -307,6 +327,8 @@ VARIANTS = [
     (Released, {}),
     (Seams, {"one_seam": "in", "train_coda": "none"}),
     (LowRank, {"train_coda": "all"}),
+    (PaperCut, {"train_coda": "all"}),
+    (StepAdapters, {"train_coda": "all", "modulation": "none"}),
     (AdaptedFull, {}),
     *((Alternative, {"kind": kind}) for kind in KINDS),
 ]

@@ -157,6 +157,8 @@ KINDS = [
     "released seed0",
     "full adapted seed0",
     "patch seed0",
+    "patch depth4 own adapters seed0",
+    "drawn depth seed0",
 ]
 
 
@@ -183,6 +185,7 @@ def test_runs_of_every_kind_are_measured_and_their_tables_are_written(small_stud
     write_all(small_study.results)
     tables = (small_study.results / "tables.md").read_text()
     assert str(records.mean("patch")) in tables
+    assert "| drawn depth | oracle | " in tables
     assert (small_study.results / "claims.md").exists()
 
     # A run that is there is not trained again: measured anew, it has the same losses.
