@@ -451,8 +451,8 @@ def test_help_on_a_saved_run_names_its_own_options(finished, capsys, monkeypatch
         (["--data", "no.txt"], "no such file"),
         (["--prelude", "11"], "is not a cut of"),
         (
-            ["--patch", "--recurrent", "0"],
-            "prelude 1, recurrent 0 (counted from 0), coda 5 is not a cut of 12",
+            ["--patch", "--prelude", "6"],
+            "prelude 6, recurrent 5 (counted from 0), coda 5 is not a cut of 12",
         ),
         (["--device", "tpu"], "--device tpu"),
         (["--device", "cpu:x"], "--device cpu:x: cannot be used"),
