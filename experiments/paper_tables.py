@@ -348,7 +348,13 @@ tokens."""
 
 def longer(records: Records) -> str:
     rows = []
-    for name in ("patch", "long patch", "long depth1 controller", "long depth8 controller"):
+    for name in (
+        "patch closed form alone",
+        "patch",
+        "long patch",
+        "long depth1 controller",
+        "long depth8 controller",
+    ):
         if records.has(name):
             row = [name, f"{records.first(name)['tokens']:,}", seeds_cell(records, name)]
             row += [mean_cell(records, name), share_cell(records, name)]

@@ -56,7 +56,7 @@ class Run:
     name: ends with the seed, as in "depth8 controller seed0". options: those of train.py's command line.
     own_settings: the arguments of the class for which train.py has no options. optimizer: those of
     optimizer_of. measures: what it is measured by beside its losses. times_steps: its number of steps as a
-    multiple of that of most runs.
+    multiple of that of most runs; with 0 a patch is only fitted in closed form.
     """
 
     name: str
@@ -279,6 +279,7 @@ def add_adapted_full_model(runs: RunList, seeds: int):
 def add_patches(runs: RunList, seeds: int):
     """--patch as it is, and without what it is made of."""
     runs.add("patch", "--patch", seeds=seeds, first_measures=(TASKS,))
+    runs.add("patch closed form alone", "--patch", times_steps=0)
     runs.add("patch paper cut", "--patch", model_class=PaperCut)
     runs.add("patch without closed form", "--patch", "--seam-tokens", "0")
     for share in ("0", "1"):
