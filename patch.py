@@ -21,7 +21,7 @@ from torch import nn
 from checkpoint import read_checkpoint
 from fast import head_distillation
 from files import UserError
-from ouroboros import LoopCache, Ouroboros, TrainedLinear, check_choice, default_cut
+from ouroboros import Ouroboros, TrainedLinear, check_choice, default_cut
 from qwen import Qwen, apply_projection, rotary_at
 from saving import saved_model
 
@@ -191,43 +191,50 @@ def mend_seams(model: Patched, full: Qwen, ids, batch_size: int):
     ids [N, T]: sequences of training text, read batch_size at a time. P_in is fitted first, to the state
     before the full model's recurrent layer. P_out is then fitted to the state before the coda, given P_in.
     A new model's loop is the recurrent layer once, whatever its depth, because o_t = 0 for later steps.
-    """
-    P_in = fitted_seam(*states_at_seam(model, full, ids, batch_size, behind_loop=False))
-    model.seam_in.P.weight.copy_(P_in)
-    P_out = fitted_seam(*states_at_seam(model, full, ids, batch_size, behind_loop=True))
-    model.seam_out.P.weight.copy_(P_out)
-
-
-def states_at_seam(model: Patched, full: Qwen, ids, batch_size: int, behind_loop: bool):
-    """The model's states before a seam that is still h + 0 h, and the full model's states there.
-
-    Both are [tokens, d], in float64 on the CPU. The first position of a sequence is left out, because its
-    state is many times larger than the others. Raises UserError for a text without four tokens.
+    Raises UserError for a text without four tokens.
     """
     if ids[:, 1:].numel() < 4:
         raise UserError("the text is too short to fit the seams; give more text, or --seam-tokens 0")
-    layers_before = model.settings["recurrent"]  # the full model's layers before the seam
-    if behind_loop:
-        layers_before = len(full.layers) - len(model.coda)
+    first_of_coda = len(full.layers) - len(model.coda)
+    places = (len(model.prelude), model.settings["recurrent"], first_of_coda)
+    h, before_recurrent, before_coda = states_before(full, ids, batch_size, places)
+    model.seam_in.P.weight.copy_(fitted_seam(token_states(h), token_states(before_recurrent)))
+
     rotary = rotary_at(full.config, 0, ids.shape[1], ids.device)
-    no_cache = LoopCache([None] * len(model.prelude), [], [])
-    states = []
-    full_states = []
+    batches = h.split(batch_size)
+    h = torch.cat([model.loop_step(model.seam_in(batch), 0, rotary) for batch in batches])
+    model.seam_out.P.weight.copy_(fitted_seam(token_states(h), token_states(before_coda)))
+
+
+@torch.no_grad()
+def states_before(full: Qwen, ids, batch_size: int, places) -> list:
+    """The full model's states [N, T, d] before each of these layers, for sequences of tokens [N, T].
+
+    places: numbers of layers, counted from 0. A new looped model has the same states before its first seam.
+    """
+    rotary = rotary_at(full.config, 0, ids.shape[1], ids.device)
+    states = {place: [] for place in places}
     for batch in ids.split(batch_size):
-        h = model.run_prelude(model.embed_tokens(batch), rotary, no_cache)
-        if behind_loop:
-            for t in range(model.depth):
-                h = model.loop_step(h, t, rotary)
-        y = full.embed_tokens(batch)
-        for layer in full.layers[:layers_before]:
-            y = layer(y, rotary)
-        states.append(h[:, 1:].flatten(0, 1).cpu().double())
-        full_states.append(y[:, 1:].flatten(0, 1).cpu().double())
-    return torch.cat(states), torch.cat(full_states)
+        h = full.embed_tokens(batch)
+        layers_done = 0
+        for place in sorted(states):
+            for layer in full.layers[layers_done:place]:
+                h = layer(h, rotary)
+            states[place].append(h)
+            layers_done = place
+    return [torch.cat(states[place]) for place in places]
+
+
+def token_states(h):
+    """The states [N, T, d] of all tokens but the first of each sequence: [tokens, d], in float64 on the CPU.
+
+    The state of the first position is many times larger than the others.
+    """
+    return h[:, 1:].flatten(0, 1).cpu().double()
 
 
 def fitted_seam(h, y):
-    """The matrix P of the seam that turns states h into states y, [N, d] each -> [d, d].
+    """The matrix P of the seam that turns states h into states y, [tokens, d] each -> [d, d].
 
     The strength of the ridge is the one with the smallest error on the last quarter of the tokens, when the
     others are fitted.

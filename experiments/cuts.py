@@ -24,7 +24,7 @@ from fast import keep_freed_memory
 from files import exit_on_user_error, write_json
 from hub import load_tokenizer
 from ouroboros import Ouroboros, default_cut
-from patch import Patched, fitted_seam
+from patch import Patched, fitted_seam, states_before, token_states
 from qwen import Qwen, rotary_at
 from sources import open_source
 
@@ -40,11 +40,11 @@ class Search:
         training = Batches(source, "train", tokenizer, args.seq_len)
         ids, _ = training.batch(0, math.ceil(args.seam_tokens / args.seq_len), self.device)
         self.rotary = rotary_at(self.qwen.config, 0, args.seq_len, self.device)
-        self.states = self.states_before_layers(ids)
+        num_layers = self.qwen.config.num_hidden_layers
+        self.states = states_before(self.qwen, ids, 1, range(num_layers))
         self.held_out = Batches(source, "val", tokenizer, args.seq_len, seed=EVALUATION_SEED)
         self.sequences = args.eval_sequences
 
-        num_layers = self.qwen.config.num_hidden_layers
         prelude, recurrent, coda = default_cut(num_layers)
         self.num_ends = prelude + coda  # the layers that are kept beside the recurrent one
         self.num_between = num_layers - self.num_ends
@@ -56,16 +56,6 @@ class Search:
         self.rows = []
         for name in ("full", "cut"):
             print(f"{name:24}{mean_loss(self.results[name]['held-out'])}", flush=True)
-
-    @torch.no_grad()
-    def states_before_layers(self, ids) -> list:
-        """The full model's states [N, T, d] before each layer."""
-        states = []
-        h = self.qwen.embed_tokens(ids)
-        for layer in self.qwen.layers:
-            states.append(h)
-            h = torch.cat([layer(sequence, self.rotary) for sequence in h.split(1)])
-        return states
 
     def losses_of(self, model) -> list[float]:
         return evaluate(model.loss, self.held_out, self.sequences, self.device)
@@ -84,9 +74,9 @@ class Search:
             train_coda="none",
         )
         h = self.states[prelude]
-        model.seam_in.P.weight.copy_(self.seam(h, self.states[recurrent]))
+        model.seam_in.P.weight.copy_(fitted_seam(token_states(h), token_states(self.states[recurrent])))
         h = torch.cat([model.recurrent(model.seam_in(sequence), self.rotary) for sequence in h.split(1)])
-        model.seam_out.P.weight.copy_(self.seam(h, self.states[-coda]))
+        model.seam_out.P.weight.copy_(fitted_seam(token_states(h), token_states(self.states[-coda])))
 
         self.results["mended"] = {"held-out": self.losses_of(model)}
         loss = mean_loss(self.results["mended"]["held-out"])
@@ -95,12 +85,6 @@ class Search:
         self.rows.append(row)
         print(f"prelude {prelude}, layer {recurrent}, coda {coda}:  {loss}  {share.percent()}", flush=True)
         return loss.mean
-
-    def seam(self, h, y):
-        """The seam that turns states [N, T, d] into states [N, T, d], without the first of each sequence."""
-        h = h[:, 1:].flatten(0, 1).cpu().double()
-        y = y[:, 1:].flatten(0, 1).cpu().double()
-        return fitted_seam(h, y)
 
     def best_of(self, preludes, stride: int) -> tuple[int, int]:
         """Try these preludes, each with every stride-th recurrent layer between prelude and coda."""

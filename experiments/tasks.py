@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from device import promote
-from evaluate import Estimate, mean_loss
+from evaluate import Estimate
 
 PROMPT = 64  # tokens of the text before the continuation
 CONTINUATION = 32  # tokens
@@ -93,8 +93,3 @@ def copying(model, vocabulary: int, device) -> tuple[list[float], list[float]]:
         losses.append(F.cross_entropy(logits, targets).item())
         accuracies.append((logits.argmax(-1) == targets).double().mean().item())
     return losses, accuracies
-
-
-def copy_accuracy(accuracies: list[float]) -> Estimate:
-    """The share of right tokens. Its error is that over sequences, whose tokens are not independent."""
-    return mean_loss(accuracies)
