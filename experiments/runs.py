@@ -31,14 +31,9 @@ from ouroboros import Ouroboros
 from patch import Patched
 
 TABLE_RATES = (10, 30, 100, 300)  # of the static table, in common learning rates
+BEST_TABLE_RATES = (30, 100)  # which have as many seeds as the Controller; the others have one
 PUBLISHED_OBJECTIVE = ("--target-offset", "2", "--pool", "sequence")
 ALTERNATIVES = ("matrix", "lora", "lora one")  # the kinds of Alternative
-INPUTS = {
-    "zero input": ZeroInput,
-    "mean input": MeanInput,
-    "token input": TokenInput,
-    "window input": WindowInput,
-}
 
 # What a run is measured by beside its losses (paper.py).
 TASKS = "tasks"  # the tasks of tasks.py
@@ -136,46 +131,46 @@ def all_runs(central: bool) -> dict[str, Run]:
 
 
 def add_tiny_runs(runs: RunList):
-    """The runs on the built-in model. They take about two and a half hours on two cores."""
+    """The runs on the built-in model. They take about an hour and a half on two cores."""
     for depth in (1, 8):
         add_controller_against_static(runs, depth, seeds=3)
+        add_norms(runs, depth, seeds=3)
+    add_patches(runs, seeds=3)
     add_adapted_full_model(runs, seeds=3)
+    add_loops(runs, (4, 8), seeds=2)
+    runs.add("drawn depth", *at_depth(8), model_class=DrawnDepth, seeds=2, first_measures=(BY_DEPTH, HALTING))
     runs.add("depth4 controller", *at_depth(4), seeds=3, first_measures=(BY_DEPTH,))
     runs.add("depth16 controller", *at_depth(16), measures=(BY_DEPTH,))
-    runs.add("drawn depth", *at_depth(8), model_class=DrawnDepth, seeds=2, first_measures=(BY_DEPTH, HALTING))
-    for depth in (1, 8):
-        add_bases(runs, depth, seeds=3)
-        add_norms(runs, depth, seeds=3)
-    runs.add("depth1 sized norm by channel", *sized_norm(1), model_class=SizedStepNorm, size="channel")
-    add_ablations(runs, 8, seeds=3)
     add_released(runs, seeds=2)
     runs.add("depth8 published objective", *at_depth(8), *PUBLISHED_OBJECTIVE, measures=(OBJECTIVE,))
-    add_ranks_and_rates(runs, 8, seeds=2)
+    for depth in (1, 8):
+        add_bases(runs, depth, seeds=2)
+    add_ablations(runs, 8, seeds=2)
+    add_ranks_and_rates(runs, 8)
     for bias in (-4.0, 0.0):
         name = f"depth8 gate bias {bias:.0f}"
         runs.add(name, *at_depth(8), model_class=GateStart, gate_bias=bias)
-    add_patches(runs, seeds=3)
+    runs.add("depth1 sized norm by channel", *sized_norm(1), model_class=SizedStepNorm, size="channel")
     add_parts_of_the_patch(runs)
-    add_loops(runs, (4, 8), seeds=3)
     add_alternatives(runs)
-    add_long_runs(runs, 8)
+    add_long_controller(runs, 8, times_steps=4)
+    add_long_released(runs, times_steps=4)
     add_long_patch(runs, times_steps=4, seeds=1)
 
 
 def add_central_runs(runs: RunList):
     """The runs on a larger model, where each takes minutes. Most have depth 1."""
+    add_long_patch(runs, times_steps=10, seeds=3)
     add_controller_against_static(runs, 1, seeds=2)
     add_adapted_full_model(runs, seeds=1)
-    add_patches(runs, seeds=2)
-    for depth in (4, 8):
-        runs.add(f"depth{depth} controller", *at_depth(depth), measures=(BY_DEPTH,))
-    add_bases(runs, 1, seeds=2)
-    add_norms(runs, 1, seeds=2)
+    add_norms(runs, 1, seeds=1)
     add_ablations(runs, 1, seeds=1)
+    add_patches(runs, seeds=1)
+    runs.add("depth4 controller", *at_depth(4), measures=(BY_DEPTH,))
+    add_long_controller(runs, 1, times_steps=10)
+    add_ranks_and_rates(runs, 1)
+    add_bases(runs, 1, seeds=1)
     add_released(runs, seeds=1)
-    add_ranks_and_rates(runs, 1, seeds=1)
-    add_long_runs(runs, 1)
-    add_long_patch(runs, times_steps=10, seeds=3)
     add_loops(runs, (4,), seeds=1)
 
 
@@ -194,21 +189,22 @@ def add_controller_against_static(runs: RunList, depth: int, seeds: int):
         first_measures=(TASKS, BY_DEPTH, OBJECTIVE),
     )
     runs.add(f"{name} static", *options, "--modulation", "static", seeds=seeds, first_measures=(TASKS,))
-    runs.add(f"{name} none", *options, "--modulation", "none", seeds=seeds, first_measures=(TASKS,))
+    runs.add(f"{name} none", *options, "--modulation", "none", first_measures=(TASKS,))
     for rate in TABLE_RATES:
         runs.add(
             f"{name} static rate x{rate}",
             *options,
             "--modulation",
             "static",
-            seeds=seeds,
+            seeds=seeds if rate in BEST_TABLE_RATES else 1,
             optimizer={"table_rate": float(rate)},
             first_measures=(TASKS,),
         )
-    for input_name, model_class in INPUTS.items():
-        measures = (SWAP,) if input_name in ("token input", "window input") else ()
-        runs.add(f"{name} {input_name}", *options, model_class=model_class, seeds=seeds, measures=measures)
-    runs.add(f"{name} sequence input", *options, "--pool", "sequence", seeds=seeds, measures=(SWAP,))
+    runs.add(f"{name} zero input", *options, model_class=ZeroInput, seeds=seeds)
+    runs.add(f"{name} mean input", *options, model_class=MeanInput)
+    runs.add(f"{name} token input", *options, model_class=TokenInput, seeds=seeds, measures=(SWAP,))
+    runs.add(f"{name} window input", *options, model_class=WindowInput, measures=(SWAP,))
+    runs.add(f"{name} sequence input", *options, "--pool", "sequence", measures=(SWAP,))
 
 
 def add_bases(runs: RunList, depth: int, seeds: int):
@@ -244,27 +240,31 @@ def released_options() -> list[str]:
     return [*at_depth(16), *PUBLISHED_OBJECTIVE, "--norm-lr-scale", "1"]
 
 
-def add_ranks_and_rates(runs: RunList, depth: int, seeds: int):
+def add_ranks_and_rates(runs: RunList, depth: int):
+    """The Controller and the static table at other ranks, and the Controller at other learning rates."""
     options = at_depth(depth)
     for rank in ("8", "64"):
-        runs.add(f"depth{depth} controller rank{rank}", *options, "--rank", rank, seeds=seeds)
-        static = [*options, "--rank", rank, "--modulation", "static"]
-        runs.add(f"depth{depth} static rank{rank}", *static)
-    runs.add(f"depth{depth} controller lr third", *options, *runs.at_rate(1 / 3), seeds=seeds)
-    runs.add(f"depth{depth} controller lr three", *options, *runs.at_rate(3), seeds=seeds)
+        runs.add(f"depth{depth} controller rank{rank}", *options, "--rank", rank)
+        runs.add(f"depth{depth} static rank{rank}", *options, "--rank", rank, "--modulation", "static")
+    runs.add(f"depth{depth} controller lr third", *options, *runs.at_rate(1 / 3))
+    runs.add(f"depth{depth} controller lr three", *options, *runs.at_rate(3))
 
 
-def add_long_runs(runs: RunList, depth: int):
-    """Four times as many steps, to see whether the released system gains anything later."""
-    measures = (OBJECTIVE, CURVE)
-    runs.add(f"long depth{depth} controller", *at_depth(depth), times_steps=4, measures=measures)
+def add_long_controller(runs: RunList, depth: int, times_steps: int):
+    """The paper's system for longer, beside the patch trained for as long."""
+    name = f"long depth{depth} controller"
+    runs.add(name, *at_depth(depth), times_steps=times_steps, measures=(OBJECTIVE, CURVE))
+
+
+def add_long_released(runs: RunList, times_steps: int):
+    """The released system for longer, to see whether it gains anything later."""
     runs.add(
         "long released",
         *released_options(),
         model_class=Released,
         optimizer={"constant_rate": True},
-        times_steps=4,
-        measures=measures,
+        times_steps=times_steps,
+        measures=(OBJECTIVE, CURVE),
     )
 
 
