@@ -35,6 +35,7 @@ Controller, V vocab_size (in svd_bases a factor of the SVD).
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -203,6 +204,18 @@ class LoopCache:
     coda: list
 
 
+class StepValues(NamedTuple):
+    """The values of one step of the loop.
+
+    m: the diagonals, {k: [B, T or 1, r]} or, of a static table, {k: [r]}; None without modulation. g: the
+    gate, [B, T, d], or what takes its place. h: the state behind the step, [B, T, d].
+    """
+
+    m: dict | None
+    g: torch.Tensor | float
+    h: torch.Tensor
+
+
 class Ouroboros(LanguageModel):
     """The looped model on a pretrained Qwen, whose layers it shares and freezes.
 
@@ -332,7 +345,11 @@ class Ouroboros(LanguageModel):
         return h
 
     def loop_step(self, h, t: int, rotary, step_cache: StepCache | None = None):
-        """One step of the loop: the equations at the head of this file. [B, T, d] -> [B, T, d]"""
+        """One step of the loop. [B, T, d] -> [B, T, d]"""
+        return self.step_values(h, t, rotary, step_cache).h
+
+    def step_values(self, h, t: int, rotary, step_cache: StepCache | None = None) -> StepValues:
+        """One step of the loop, with its values: the equations at the head of this file."""
         # Steps beyond self.depth use the step embedding and the StepNorm of the last step that was trained.
         t = min(t, self.depth - 1)
 
@@ -340,7 +357,7 @@ class Ouroboros(LanguageModel):
         h_new = self.recurrent(h, rotary, step_cache, self.modulated_projection(m))
         h_new = self.step_norm(h_new, t)
         g = self.gate(h_new, h)
-        return torch.lerp(h, h_new, g)  # g * h_new + (1 - g) * h
+        return StepValues(m, g, torch.lerp(h, h_new, g))  # g * h_new + (1 - g) * h
 
     def modulated_projection(self, m: dict | None):
         """The recurrent layer's `project` under the diagonals m: W_k x + (alpha/r) B_k diag(m_k) A_k x."""

@@ -21,7 +21,7 @@ from torch import nn
 from checkpoint import read_checkpoint
 from fast import head_distillation
 from files import UserError
-from ouroboros import Ouroboros, TrainedLinear, check_choice, default_cut
+from ouroboros import Ouroboros, StepValues, TrainedLinear, check_choice, default_cut
 from qwen import Qwen, apply_projection, rotary_at
 from saving import saved_model
 
@@ -150,13 +150,14 @@ class Patched(Ouroboros):
             h = layer(h, rotary, layer_cache, adapter)
         return self.seam_in(h)
 
-    def loop_step(self, h, t: int, rotary, step_cache=None):
+    def step_values(self, h, t: int, rotary, step_cache=None) -> StepValues:
         if not self.seams:
-            return super().loop_step(h, t, rotary, step_cache)
+            return super().step_values(h, t, rotary, step_cache)
         t = min(t, self.depth - 1)
         m = self.controller(self.pool(h, step_cache), t)
         h_new = self.recurrent(h, rotary, step_cache, self.modulated_projection(m))
-        return torch.lerp(h, h_new, self.opening[t].to(h.dtype))  # h + o_t * (h_new - h)
+        o = self.opening[t].to(h.dtype)
+        return StepValues(m, o, torch.lerp(h, h_new, o))  # h + o_t * (h_new - h)
 
     def modulated_projection(self, m: dict | None):
         """The recurrent layer's `project`: the modulation of the paper inside the layer's adapter."""

@@ -16,6 +16,7 @@ from ouroboros import (
     NoModulation,
     NoStepNorm,
     Ouroboros,
+    StepValues,
     TrainedLinear,
     check_choice,
     default_cut,
@@ -192,11 +193,12 @@ class StepAdapters(Patched):
         others = [copy.deepcopy(self.recurrent_adapter) for _ in range(self.depth - 1)]
         self.later_adapters = nn.ModuleList(others)
 
-    def loop_step(self, h, t: int, rotary, step_cache=None):
+    def step_values(self, h, t: int, rotary, step_cache=None) -> StepValues:
         t = min(t, self.depth - 1)
         adapter = self.recurrent_adapter if t == 0 else self.later_adapters[t - 1]
         h_new = self.recurrent(h, rotary, step_cache, adapter)
-        return torch.lerp(h, h_new, self.opening[t].to(h.dtype))
+        o = self.opening[t].to(h.dtype)
+        return StepValues(None, o, torch.lerp(h, h_new, o))
 
 
 class LowRank(Patched):
