@@ -6,8 +6,8 @@ The verdicts follow from paired differences by the rule in RULE, without a look 
 import itertools
 from dataclasses import dataclass
 
+from experiments.configurations import TABLE_RATES
 from experiments.records import CUT, FULL, HELD_OUT, VALIDATION, Records, Summary
-from experiments.runs import TABLE_RATES
 
 HOLDS = "holds"
 FAILS = "does not hold"

@@ -8,6 +8,7 @@ import torch
 from data import Batches
 from device import pick_device, pick_dtype
 from evaluate import mean_loss
+from experiments.configurations import BY_DEPTH, CURVE, HALTING, OBJECTIVE, SWAP, TASKS, Run
 from experiments.halting import measure_halting
 from experiments.measure import (
     FIRST_OF_TEST,
@@ -25,7 +26,6 @@ from experiments.measure import (
 )
 from experiments.ngrams import STRENGTHS, Bigrams, Unigrams
 from experiments.optimizers import optimizer_of
-from experiments.runs import BY_DEPTH, CURVE, HALTING, OBJECTIVE, SWAP, TASKS, Run
 from experiments.study import BASELINES, Study, Texts
 from experiments.tasks import measure_tasks
 from experiments.variants import Measured

@@ -1,9 +1,9 @@
 """Measure the paper's claims: python experiments/paper.py
 
-The program trains every configuration of experiments/runs.py on the built-in model, two at a time. That
-takes about two and a half hours on two cores. An interrupted program continues where it was stopped. The
-results are written to experiments/results/tiny: a JSON file for each run with its options and the loss of
-each sequence, then claims.md, tables.md and the pictures.
+The program trains every configuration of experiments/configurations.py on the built-in model, two at a
+time. That takes about an hour and a half on two cores. An interrupted program continues where it was
+stopped. The results are written to experiments/results/tiny: a JSON file for each run with its options and
+the loss of each sequence, then claims.md, tables.md and the pictures.
 
 With --model FOLDER --data FOLDER, the program trains the central configurations on another model. That takes
 about three hours for a model of 135M parameters.
@@ -134,7 +134,7 @@ def main():
     elif args.run in study.runs():
         train_and_measure(study.runs()[args.run], study)
     else:
-        raise UserError(f"--run {args.run}: there is no such run in experiments/runs.py")
+        raise UserError(f"--run {args.run}: there is no such run in experiments/configurations.py")
 
 
 if __name__ == "__main__":

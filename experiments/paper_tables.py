@@ -10,11 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluate import mean_loss
 from experiments.claims import claims_table
+from experiments.configurations import ALTERNATIVES, TABLE_RATES
 from experiments.halting import gain_over_fixed_depth
 from experiments.measure import DEPTHS
 from experiments.pictures import draw_curves, draw_depths
 from experiments.records import CUT, FULL, HELD_OUT, OTHER, VALIDATION, Records
-from experiments.runs import ALTERNATIVES, TABLE_RATES
 from experiments.tasks import binomial
 from files import UserError, exit_on_user_error, replace_file
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from data import Batches
 from evaluate import EVALUATION_SEED
+from experiments.configurations import Run, all_runs
 from experiments.measure import FIRST_OF_TEST, TEST_SEQUENCES
-from experiments.runs import Run, all_runs
 from files import UserError, cache_folder, replace_file
 from hub import load_tokenizer
 from sources import open_source

@@ -10,6 +10,7 @@ from helpers import ROOT, SMALL, TOKENIZER, FixedBatches, folder_of, small_model
 
 from experiments import measure
 from experiments.claims import FAILS, HOLDS, UNKNOWN, UNSEEN, all_claims, verdict
+from experiments.configurations import all_runs
 from experiments.measure import (
     compare_bases,
     first_sentence,
@@ -22,7 +23,6 @@ from experiments.one_run import measure_baselines, new_model, run_arguments, tra
 from experiments.optimizers import optimizer_of
 from experiments.paper_tables import write_all
 from experiments.records import CUT, HELD_OUT, VALIDATION, Records, Summary
-from experiments.runs import all_runs
 from experiments.study import Study
 from files import UserError
 from options import parse_options
@@ -152,7 +152,7 @@ def test_every_run_has_a_model_and_an_optimizer(central, small_study):
 
 KINDS = [
     "depth1 controller seed0",
-    "depth1 static rate x300 seed1",
+    "depth1 static rate x100 seed1",
     "depth1 mean input seed0",
     "released seed0",
     "full adapted seed0",
