@@ -1,4 +1,4 @@
-"""The Qwen2.5 decoder in plain PyTorch: the model, its generation and its loading.
+"""The Qwen2.5 decoder in plain PyTorch: the model and its loading.
 
 One thing here is unusual. A layer does not call its projections itself: where one would write linear(x),
 it calls project(linear, x, name), and `project` is an argument of the layer's forward. By default
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from device import promote  # to float32, or float64 if it is that already
 from fast import attend_without_groups, fused_attention_fits, head_cross_entropy
+from generation import new_tokens
 from hub import check_fit, fingerprint, full_name, is_weight, read_config, read_tensors
 from hub import load_tokenizer as load_tokenizer  # for those who import it from here
 
@@ -250,34 +250,14 @@ class LanguageModel(nn.Module):
         # F.cross_entropy(F.linear(h, head_weight).flatten(0, 1), targets.flatten()), in less memory (fast.py)
         return head_cross_entropy(h, self.head_weight, targets)
 
-    @torch.no_grad()
-    def generate(self, ids, max_new_tokens=32, temperature=0.0, **options):
+    def generate(self, ids, max_new_tokens=32, temperature=0.0, top_p=1.0, **options):
         """Continue prompts of one length: ids [B, T] -> [B, T + n] with n <= max_new_tokens.
 
-        Takes the likeliest token at temperature 0 and samples otherwise. Stops when every text has
-        produced one of the config's end tokens; texts that ended earlier are padded with the first of
-        these.
+        Takes the likeliest token at temperature 0 and samples otherwise. top_p: the share of the probability
+        from which it samples, that of the likeliest tokens. generation.py says when a text ends.
         """
-        ends = torch.tensor(self.config.eos_token_id, dtype=torch.int64, device=ids.device)
-        padding = self.config.eos_token_id[0] if self.config.eos_token_id else 0
-        done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
-
-        cache = self.new_cache(**options)
-        unseen = ids  # the tokens that are not in the cache yet
-        for _ in range(max_new_tokens):
-            h = self.hidden(unseen, cache=cache, **options)
-            logits = promote(F.linear(h[:, -1], self.head_weight))  # [B, V]
-            if temperature > 0:
-                token = torch.multinomial((logits / temperature).softmax(-1), num_samples=1)  # [B, 1]
-            else:
-                token = logits.argmax(-1, keepdim=True)
-
-            token = torch.where(done, padding, token)
-            done = done | torch.isin(token, ends)
+        for token in new_tokens(self, ids, max_new_tokens, temperature, top_p, **options):
             ids = torch.cat([ids, token], dim=1)
-            if done.all():
-                break
-            unseen = ids if cache is None else token
         return ids
 
 
