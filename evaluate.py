@@ -104,15 +104,19 @@ def evaluate_baselines(
 
 
 class Estimate(NamedTuple):
-    """A mean and its standard error, which is nan for a single sequence."""
+    """A mean and its standard error, which is nan for a single sequence and is not shown then."""
 
     mean: float
     error: float
 
     def __str__(self) -> str:
+        if math.isnan(self.error):
+            return f"{self.mean:.3f}"
         return f"{self.mean:.3f} ± {self.error:.3f}"
 
     def percent(self) -> str:
+        if math.isnan(self.error):
+            return f"{self.mean:.1%}"
         return f"{self.mean:.1%} ± {self.error:.1%}".replace("% ±", " ±")
 
 

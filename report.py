@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from huggingface_hub import constants
 
 from data import Batches
@@ -150,17 +149,11 @@ def print_results(model: Ouroboros, results: dict, depth: int):
 
     depth: that of the evaluation of the looped model.
     """
-    layers_kept = len(model.prelude) + 1 + len(model.coda)
-    names = {
-        "full": f"full model ({model.config.num_hidden_layers} layers)",
-        "cut": f"cut to {layers_kept} layers",
-        "ouroboros": f"ouroboros, depth {depth}",
-    }
     columns = list(results["full"])
 
     print()
     print_row("", columns)
-    for key, name in names.items():
+    for key, name in model_names(model, depth).items():
         print_row(name, [str(mean_loss(results[key][column])) for column in columns])
 
     shares = [gap_recovered(results, column) for column in columns]
@@ -170,6 +163,16 @@ def print_results(model: Ouroboros, results: dict, depth: int):
     if any(share is not None and share.mean > 1 for share in shares):
         print("above 100%: unlike the full model, the looped one was trained on this kind of text")
     print("Losses are in nats per token, with their standard error over the sequences.")
+
+
+def model_names(model: Ouroboros, depth: int) -> dict[str, str]:
+    """What the full, the cut and the looped model are called in a table."""
+    layers_kept = len(model.prelude) + 1 + len(model.coda)
+    return {
+        "full": f"full model ({model.config.num_hidden_layers} layers)",
+        "cut": f"cut to {layers_kept} layers",
+        "ouroboros": f"ouroboros, depth {depth}",
+    }
 
 
 def print_row(name: str, cells: list[str]):
@@ -182,15 +185,3 @@ def print_skipped_steps(log: list[dict]):
     skipped = sum(row["loss"] is None for row in log)
     if skipped:
         print(f"{skipped} of {len(log)} steps had no finite loss and changed no weight; try a smaller --lr")
-
-
-def print_sample(model: Ouroboros, tokenizer, held_out, seed: int, device):
-    """Print a piece of held-out text and how the model continues it."""
-    ids, _ = held_out.batch(0, 1, device)
-    prompt = ids[:, : max(1, min(48, held_out.length // 2))]
-    torch.manual_seed(seed)  # a resumed run ends with the same text
-    out = model.generate(prompt, 48, temperature=0.7)
-    # special tokens too: without them, the end of one document and the beginning of the next run together
-    text = tokenizer.decode(prompt[0].tolist(), skip_special_tokens=False)
-    continuation = tokenizer.decode(out[0, prompt.shape[1] :].tolist(), skip_special_tokens=False)
-    print(f"\nheld-out text, and after the bar how the model continues it:\n{text}\u2502{continuation}")

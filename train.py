@@ -25,6 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from checkpoint import newest_good_checkpoint, optimizer_tensors, prune_checkpoints, restore_optimizer
+from continuations import print_continuations, save_continuations
 from data import Batches
 from device import pick_device, pick_dtype
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns, mean_loss
@@ -34,6 +35,7 @@ from hub import load_tokenizer
 from options import parse_options
 from ouroboros import Ouroboros, checked_arguments
 from patch import Patched, distillation_loss, full_model_of, load_run, mend_seams, patch_cut
+from perplexity import is_another_file, print_perplexities
 from processes import (
     RANK,
     StopSignals,
@@ -51,7 +53,6 @@ from report import (
     announce_time,
     print_parameters,
     print_results,
-    print_sample,
     print_skipped_steps,
     print_text,
 )
@@ -79,6 +80,13 @@ def main():
 
     # ---- Text ----------------------------------------------------------------------------------------------
     tokenizer = load_tokenizer(options.model, config.vocab_size)
+
+    if options.eval and is_another_file(source, tokenizer, options):
+        leave_processes()
+        if RANK == 0:
+            model = load_run(options.out, options.model, dtype, device, checkpoint)
+            print_perplexities(model, Path(options.data), tokenizer, options, device)
+        return
 
     def batches(split: str, offset=1, seed=EVALUATION_SEED) -> Batches:
         return Batches(source, split, tokenizer, options.seq_len, offset, seed)
@@ -112,6 +120,9 @@ def main():
     results = {}
     if RANK == 0:
         results = evaluate_baselines(model, qwen, columns, options, device)
+        if checkpoint is None:
+            yardsticks = {"full": qwen, "cut": model.cut}
+            save_continuations(options.out, yardsticks, columns["held-out"], device)
 
     # ---- Training ------------------------------------------------------------------------------------------
     if not options.eval:
@@ -152,7 +163,8 @@ def main():
     if not options.eval:
         write_json(options.out / "results.json", results)
         print_skipped_steps(read_log(options.out))
-        print_sample(model, tokenizer, columns["held-out"], options.seed, device)
+        save_continuations(options.out, {"ouroboros": model}, columns["held-out"], device)
+        print_continuations(options.out, model.depth)
         draw_picture(options.out)
         place = shlex.quote(str(options.out))
         print(f'\nAll of it is in {options.out}. Write on: python sample.py {place} --prompt "..."')

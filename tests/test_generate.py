@@ -1,11 +1,15 @@
 """Generation: the cache changes no token, a text ends where it should, and sample.py continues a prompt."""
 
 import json
+import subprocess
+import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import (
+    ROOT,
     SETTINGS,
     SMALL,
     TOKENIZER,
@@ -21,9 +25,11 @@ from helpers import (
 )
 
 from device import pick_dtype
+from generation import nucleus
 from ouroboros import Ouroboros
-from patch import load_run
+from patch import full_model_of, load_run
 from qwen import Qwen, load_tokenizer
+from sample import print_continuation, typed_prompts
 
 # ---- The cache -------------------------------------------------------------------------------------------
 
@@ -162,6 +168,22 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_temperature():
     assert (shares - expected).abs().max() < 0.012  # about four standard errors of the likeliest token
 
 
+def test_top_p_draws_from_the_likeliest_tokens_alone():
+    p = torch.tensor([[0.1, 0.5, 0.05, 0.35], [0.25, 0.25, 0.25, 0.25]])
+    kept = nucleus(p, 0.8)
+    assert torch.equal(kept[0], torch.tensor([0.0, 0.5, 0.0, 0.35]))  # 0.5 is not enough, 0.85 is
+    assert kept[1].count_nonzero() == 4  # three have 0.75
+    assert torch.equal(nucleus(p, 1e-9).argmax(-1)[:1], p.argmax(-1)[:1])  # the likeliest one always stays
+
+    qwen = small_qwen()
+    prompt = tokens(B=1)
+    p = (qwen(prompt)[0, -1] / 3.0).softmax(-1)
+    likeliest = set(nucleus(p[None], 0.3)[0].nonzero().flatten().tolist())
+    drawn = qwen.generate(prompt.expand(2_000, -1), 1, temperature=3.0, top_p=0.3)[:, -1]
+    assert set(drawn.tolist()) == likeliest
+    assert 1 < len(likeliest) < SMALL.vocab_size / 2
+
+
 # ---- sample.py -------------------------------------------------------------------------------------------
 
 
@@ -193,6 +215,11 @@ def test_sample_continues_a_prompt_with_a_saved_model_at_the_depth_that_is_asked
         ("--max-new-tokens", "0"),
         ("--max-new-tokens", "-3"),
         ("--depth", "0"),
+        ("--top-p", "0.0"),
+        ("--top-p", "1.5"),
+        ("--top-p", "nan"),
+        ("--seed", "-1"),
+        ("--prompt-file", "nowhere.txt"),
     ],
 )
 def test_sample_refuses_a_number_that_makes_no_sense(option, value):
@@ -215,3 +242,80 @@ def test_sample_refuses_an_empty_prompt_and_takes_a_base_that_was_moved(pretrain
     assert_refused_at_once(empty, "--prompt is empty")
     lost = run("sample.py", tmp_path / "run", "--prompt", "doc1")
     assert_refused_at_once(lost, "no such folder")
+
+
+def test_sample_draws_another_text_with_another_seed_and_the_same_with_the_same(pretrained, tmp_path):
+    looped(Qwen.from_pretrained(pretrained), rank=4, depth=2).save(tmp_path / "run")
+
+    def drawn(seed: int) -> str:
+        options = ["--temperature", 2, "--top-p", 0.9, "--max-new-tokens", 10, "--seed", seed]
+        return succeed("sample.py", tmp_path / "run", "--prompt", "doc1", *options)
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_sample_compares_the_looped_model_with_the_full_and_the_cut_one(pretrained, tmp_path):
+    model = looped(Qwen.from_pretrained(pretrained), rank=4, depth=2)
+    move_trained_weights(model, 0.5)
+    model.save(tmp_path / "run")
+    printed = succeed(
+        "sample.py", tmp_path / "run", "--prompt", "doc1 doc1", "--compare", "--max-new-tokens", 8
+    )
+
+    dtype = pick_dtype("auto", torch.device("cpu"))
+    model = load_run(tmp_path / "run", dtype=dtype)
+    tokenizer = load_tokenizer(pretrained)
+    ids = torch.tensor([tokenizer.encode("doc1 doc1").ids])
+    models = {"full model": full_model_of(model), "cut model": model.cut, "ouroboros, depth 2": model}
+    expected = "prompt:\ndoc1 doc1\n"
+    for name, model in models.items():
+        new = model.generate(ids, 8)[0].tolist()
+        continuation = tokenizer.decode(new, skip_special_tokens=False).removeprefix("doc1 doc1")
+        expected += f"\n{name}:\n{continuation}\n"
+    assert printed == expected
+
+
+def test_sample_takes_several_prompts_from_options_and_files(pretrained, tmp_path):
+    looped(Qwen.from_pretrained(pretrained), rank=4, depth=2).save(tmp_path / "run")
+    (tmp_path / "prompts.txt").write_text("doc2\ndoc3\n<|endoftext|>\ndoc4\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"text": "doc5\n"}) + "\n")
+    common = [tmp_path / "run", "--max-new-tokens", 1]
+    one_by_one = [succeed("sample.py", *common, "--prompt", text) for text in ("doc1", "doc2\ndoc3", "doc4")]
+    together = succeed("sample.py", *common, "--prompt", "doc1", "--prompt-file", tmp_path / "prompts.txt")
+    assert together == "\n".join(one_by_one)
+    assert succeed("sample.py", *common, "--prompt-file", tmp_path / "prompts.jsonl").startswith("doc5")
+
+
+def test_sample_reads_a_prompt_from_a_pipe_and_streams_it(pretrained, tmp_path):
+    looped(Qwen.from_pretrained(pretrained), rank=4, depth=2).save(tmp_path / "run")
+    common = [tmp_path / "run", "--max-new-tokens", 3]
+    expected = succeed("sample.py", *common, "--prompt", "doc1\ndoc2")
+    command = [sys.executable, ROOT / "sample.py", *map(str, common)]
+    piped = subprocess.run(command, input="doc1\ndoc2\n", capture_output=True, text=True)
+    assert piped.stdout == expected
+    nothing = subprocess.run(command, input="", capture_output=True, text=True)
+    assert_refused_at_once(nothing, "--prompt is empty")
+
+
+def test_sample_continues_each_typed_line_until_an_empty_one(monkeypatch):
+    lines = iter(["doc1", "doc2", "", "doc3"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert list(typed_prompts()) == ["doc1", "doc2"]
+
+
+def test_the_streamed_text_is_the_whole_text_where_characters_have_several_tokens(capsys):
+    """The tokens of a character are shown together, and those of one that is not finished at the end."""
+    ids = TOKENIZER.encode("doc1 \u4e2d\u6587").ids
+    assert len(TOKENIZER.encode("\u4e2d").ids) > 1
+    for end in (len(ids), len(ids) - 1):  # all of them, and without the last part of a character
+        prompt, new = ids[:2], ids[2:end]
+        model = Namespace(norm=torch.nn.RMSNorm(1))
+        options = Namespace(seed=0, max_new_tokens=9, temperature=0, top_p=1)
+
+        def given(model, ids, *options, new=new):
+            return (torch.tensor([[token]]) for token in new)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sample.new_tokens", given)
+            print_continuation(model, TOKENIZER.decode(prompt), TOKENIZER, options, show_prompt=True)
+        assert capsys.readouterr().out == TOKENIZER.decode(ids[:end]) + "\n"

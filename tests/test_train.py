@@ -28,6 +28,7 @@ from helpers import (
     write_text,
 )
 
+import continuations
 import train
 from checkpoint import read_checkpoint, step_folder
 from data import Batches
@@ -36,7 +37,7 @@ from evaluate import EVALUATION_SEED, evaluate, mean_loss, paired_difference
 from files import UserError, exit_on_user_error
 from hub import load_tokenizer
 from options import parse_options
-from patch import load_run
+from patch import full_model_of, load_run
 from report import print_skipped_steps, print_text, readable_time
 from sources import open_source
 
@@ -119,7 +120,8 @@ def test_the_log_has_a_row_for_each_step(finished):
 
 def test_a_run_leaves_checkpoints_options_and_a_picture_and_nothing_half_written(finished):
     names = {path.name for path in finished.out.iterdir()}
-    expected = {"args.json", "log.jsonl", "results.json", "step-0000000", "step-0000060"}
+    expected = {"args.json", "log.jsonl", "results.json", "continuations.json"}
+    expected |= {"step-0000000", "step-0000060"}
     if find_spec("matplotlib"):
         expected.add("loss.png")
         assert (finished.out / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -138,8 +140,9 @@ def test_an_evaluation_may_take_another_text_and_changes_nothing(finished, tmp_p
         return {path: path.read_bytes() for path in finished.out.rglob("*") if path.is_file()}
 
     before = everything()
-    other = write_text(tmp_path / "other.txt", 300)
-    printed = succeed("train.py", "--eval", finished.out, "--data", other)
+    (tmp_path / "text").mkdir()
+    write_text(tmp_path / "text" / "other.txt", 300)
+    printed = succeed("train.py", "--eval", finished.out, "--data", tmp_path / "text")
     assert table_of(printed) != table_of(finished.printed)
     assert everything() == before
 
@@ -170,6 +173,28 @@ def table_of(printed: str) -> list[str]:
     lines = printed.splitlines()
     (last,) = (i for i, line in enumerate(lines) if line.startswith("gap recovered"))
     return lines[last - 4 : last + 1]
+
+
+def test_a_run_ends_with_how_the_three_models_continue_a_held_out_text(finished):
+    """They are those that the three models themselves give, at the module's temperature and seed."""
+    tokenizer = load_tokenizer(finished.pretrained)
+    device = torch.device("cpu")
+    options, _ = parse_options(["--eval", str(finished.out), "--device", "cpu"])
+    looped = load_run(finished.out, dtype=pick_dtype("auto", device))
+    held_out = Batches(open_source(options.data), "val", tokenizer, options.seq_len, seed=EVALUATION_SEED)
+    ids, _ = held_out.batch(0, 1)
+    prompt = ids[:, : options.seq_len // 2]
+
+    saved = json.loads((finished.out / "continuations.json").read_text())
+    assert list(saved) == ["prompt", "full", "cut", "ouroboros"]
+    assert saved.pop("prompt") == tokenizer.decode(prompt[0].tolist(), skip_special_tokens=False)
+    for name, model in {"full": full_model_of(looped), "cut": looped.cut, "ouroboros": looped}.items():
+        torch.manual_seed(continuations.SEED)
+        out = model.generate(prompt, continuations.NEW_TOKENS, continuations.TEMPERATURE)
+        new = out[0, prompt.shape[1] :]
+        assert saved[name] == tokenizer.decode(new.tolist(), skip_special_tokens=False)
+        assert f"continues:\n{saved[name]}\n" in finished.printed.replace("\r", "\n")
+    assert len(set(saved.values())) == 3
 
 
 def test_a_trained_run_continues_a_prompt(finished):
