@@ -14,6 +14,7 @@ import threads
 ORDER = [
     "threads",
     "output",
+    "estimates",
     "files",
     "run_folder",
     "device",

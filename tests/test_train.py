@@ -32,7 +32,8 @@ import train
 from checkpoint import read_checkpoint, step_folder
 from data import Batches
 from device import pick_dtype
-from evaluate import EVALUATION_SEED, evaluate, mean_loss, paired_difference
+from estimates import mean_loss, paired_difference
+from evaluate import EVALUATION_SEED, evaluate
 from files import UserError, exit_on_user_error
 from hub import load_tokenizer
 from options import parse_options
