@@ -56,7 +56,7 @@ from report import (
     print_skipped_steps,
     print_text,
 )
-from run_folder import append_row, claim_new_folder, cut_log, is_bad, read_log, step_folder
+from run_folder import OPTIONS, RESULTS, append_row, claim_new_folder, cut_log, is_bad, read_log, step_folder
 from sources import open_source
 
 
@@ -151,7 +151,7 @@ def main():
     results["ouroboros"] = evaluate_columns(loss_of, columns, options, device, "the looped model")
     print_results(model, results, options.depth)
     if not options.eval:
-        write_json(options.out / "results.json", results)
+        write_json(options.out / RESULTS, results)
         print_skipped_steps(read_log(options.out))
         print_sample(model, tokenizer, columns["held-out"], options.seed, device)
         draw_picture(options.out)
@@ -372,7 +372,7 @@ def save_checkpoint(model: Ouroboros, optimizer, options, step: int, bad_steps: 
         kept.pop(name, None)
     moments = optimizer_tensors(optimizer, model.trained_parameters())
     model.save(step_folder(options.out, step), moments, step=step, options=kept)
-    write_json(options.out / "args.json", kept)  # for people to read
+    write_json(options.out / OPTIONS, kept)  # for people to read
     prune_checkpoints(options.out, step, bad_steps[0] if bad_steps else None)
 
 

@@ -15,6 +15,7 @@ ORDER = [
     "threads",
     "output",
     "estimates",
+    "presets",
     "files",
     "run_folder",
     "device",
