@@ -95,12 +95,19 @@ def write_beside(axes, labels: list[tuple[float, str, str]]):
     The limits of the axes have to be final. A label without a height, which is nan, is left out.
     """
     bottom, top = axes.get_ylim()
-    line = 0.055  # the distance of two lines of text, as a fraction of the axes' height
-    place = -math.inf
-    for height, text, color in sorted(labels, key=lambda label: label[0]):
-        if math.isfinite(height):
-            place = max((height - bottom) / (top - bottom), place + line)
-            axes.text(1.01, place, text, color=color, fontsize="small", va="center", transform=axes.transAxes)
+    labels = sorted(label for label in labels if math.isfinite(label[0]))
+    places = [
+        (height - bottom) / (top - bottom) for height, _, _ in labels
+    ]  # as fractions of the axes' height
+    line = 0.055  # the distance that two lines of text need
+    for _ in range(200):  # push neighbours apart, until none overlap
+        for i in range(len(places) - 1):
+            overlap = places[i] + line - places[i + 1]
+            if overlap > 0:
+                places[i] -= overlap / 2
+                places[i + 1] += overlap / 2
+    for place, (_, text, color) in zip(places, labels):
+        axes.text(1.01, place, text, color=color, fontsize="small", va="center", transform=axes.transAxes)
 
 
 # ---- Numbers ---------------------------------------------------------------------------------------------
