@@ -283,7 +283,7 @@ def parse_options(arguments: list[str] | None = None):
 def new_run_options(arguments: list[str], given) -> argparse.Namespace:
     """The options of a new run, where the defaults suit the model and the device."""
     on_cuda = pick_device(given.device or "auto").type == "cuda"
-    parser = build_parser(default_options(given, on_cuda))
+    parser = build_parser(default_options(vars(given), on_cuda))
     options = parser.parse_args(arguments)
     check_numbers(options)
     check_past_the_paper(options)

@@ -38,12 +38,12 @@ PRESETS = {
 }
 
 
-def default_options(given, on_cuda: bool) -> dict:
+def default_options(given: dict, on_cuda: bool) -> dict:
     """The default of each option of a new run that has one, by the options that are given.
 
-    given: a namespace that has None for what is not given.
+    given: option -> value, which is None for what is not given.
     """
-    model = given.model or ("Qwen/Qwen2.5-3B" if on_cuda else "tiny")
+    model = given.get("model") or ("Qwen/Qwen2.5-3B" if on_cuda else "tiny")
     if model == "tiny":
         preset = PRESETS["tiny"]
     else:
@@ -71,12 +71,14 @@ def default_options(given, on_cuda: bool) -> dict:
         activation_checkpointing=False,
         save_every=100,
     )
-    if given.patch:  # what did best on held-out text
+    if given.get("patch"):  # what did best on held-out text
         defaults.update(depth=1, modulation="none", train_coda="all", lr=3 * preset["lr"])
         defaults.update(seam_tokens=12_288)
-    if given.patch and given.target_offset != 2:  # the full model predicts the next token
+    if given.get("patch") and given.get("target_offset") != 2:  # the full model predicts the next token
         defaults.update(distill=0.5, steps=preset["steps"] // 2)  # it takes half of the time of a step
-    steps = defaults["steps"] if given.steps is None else given.steps
+    steps = given.get("steps")
+    if steps is None:
+        steps = defaults["steps"]
     defaults["eval_every"] = max(1, steps // 5)
     return defaults
 

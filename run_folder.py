@@ -36,6 +36,7 @@ NOT_IN_NAME = {
     "eval_every",
     "eval_sequences",
     "save_every",
+    "text_hash",
 }
 
 
@@ -226,7 +227,7 @@ def is_bad(row: dict) -> bool:
 def read_options(run: Path) -> dict:
     """The options of a run. Raises UserError if it has none, or if the file is damaged."""
     path = run / OPTIONS
-    with explaining(path, "read as the options of a run", "python train.py --resume RUN writes it again"):
+    with explaining(path, "read as the options of a run", "give a folder that train.py wrote"):
         options = read_json(path)
         options["model"], options["data"], options["steps"]  # KeyError where these are no options
         return options
