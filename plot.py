@@ -16,6 +16,7 @@ EACH_STEP = "0.82"
 TRAINING = "0.45"
 HELD_OUT = "#0057a8"
 BASELINE = "black"
+SHADE = {"color": HELD_OUT, "alpha": 0.2, "linewidth": 0}
 
 
 def plot_losses(run: Path):
@@ -59,26 +60,15 @@ def loss_figure(title: str, rows: list[dict], results: dict | None) -> Figure:
 
     # ---- The full and the cut model
     if results is not None:
-        baselines = {}
         for name, style in (("cut", ":"), ("full", "--")):
             loss = mean_loss(results[name]["held-out"]).mean
             axes.axhline(loss, color=BASELINE, linestyle=style, linewidth=1.2)
             labels.append((loss, f"{name} model, held-out: {loss:.2f}", BASELINE))
-            baselines[name] = loss
         share = gap_recovered(results, "held-out")
         if share is not None:
-            cut = baselines["cut"]
+            cut = mean_loss(results["cut"]["held-out"]).mean
             is_recovered = [loss < cut for loss in losses]
-            axes.fill_between(
-                steps,
-                losses,
-                cut,
-                where=is_recovered,
-                interpolate=True,
-                color=HELD_OUT,
-                alpha=0.2,
-                linewidth=0,
-            )
+            axes.fill_between(steps, losses, cut, is_recovered, interpolate=True, **SHADE)
             labels.append(((cut + last) / 2, f"{share.percent()} of the gap", HELD_OUT))
 
     axes.margins(x=0.02)
@@ -96,9 +86,8 @@ def write_beside(axes, labels: list[tuple[float, str, str]]):
     """
     bottom, top = axes.get_ylim()
     labels = sorted(label for label in labels if math.isfinite(label[0]))
-    places = [
-        (height - bottom) / (top - bottom) for height, _, _ in labels
-    ]  # as fractions of the axes' height
+    # In fractions of the height of the axes:
+    places = [(height - bottom) / (top - bottom) for height, _, _ in labels]
     line = 0.055  # the distance that two lines of text need
     for _ in range(200):  # push neighbours apart, until none overlap
         for i in range(len(places) - 1):
