@@ -6,7 +6,6 @@ of the model, of the full model it was cut from, and of the cut model.
 import hashlib
 import json
 import math
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -96,62 +95,3 @@ def evaluate_baselines(
     with explaining(path, "read as losses", "delete it, it is then made anew"):
         losses = read_json(path)
         return {"full": losses["full"], "cut": losses["cut"]}
-
-
-# ---- Means and their standard errors ---------------------------------------------------------------------
-#
-# The standard errors are those over sequences: how much another sample of the same text might change a mean.
-
-
-class Estimate(NamedTuple):
-    """A mean and its standard error, which is nan for a single sequence and is not shown then."""
-
-    mean: float
-    error: float
-
-    def __str__(self) -> str:
-        if math.isnan(self.error):
-            return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} ± {self.error:.3f}"
-
-    def percent(self) -> str:
-        if math.isnan(self.error):
-            return f"{self.mean:.1%}"
-        return f"{self.mean:.1%} ± {self.error:.1%}".replace("% ±", " ±")
-
-
-def mean_loss(losses: list[float]) -> Estimate:
-    """The mean over sequences."""
-    values = torch.tensor(losses, dtype=torch.float64)
-    return Estimate(values.mean().item(), standard_error(values))
-
-
-def paired_difference(losses: list[float], others: list[float]) -> Estimate:
-    """The mean of losses - others on the same sequences.
-
-    Its error is smaller than that of either mean: a sequence that is hard for one model is hard for both.
-    """
-    return mean_loss([loss - other for loss, other in zip(losses, others, strict=True)])
-
-
-def gap_recovered(results: dict, column: str, name="ouroboros") -> Estimate | None:
-    """The share s of the loss between the cut and the full model that the model `name` has recovered.
-
-    1 is the full model. None if the full model is no better than the cut one, so that there is no gap.
-    """
-    full = torch.tensor(results["full"][column], dtype=torch.float64)
-    cut = torch.tensor(results["cut"][column], dtype=torch.float64)
-    model = torch.tensor(results[name][column], dtype=torch.float64)
-    gap = (cut - full).mean().item()
-    if gap <= 0:
-        return None
-    share = (cut - model).mean().item() / gap
-    deviations = (cut - model) - share * (cut - full)  # of each sequence; the error of a ratio of two means
-    return Estimate(share, standard_error(deviations) / gap)
-
-
-def standard_error(values) -> float:
-    """The standard deviation of the mean of independent values [N]."""
-    if len(values) < 2:
-        return math.nan
-    return values.std().item() / math.sqrt(len(values))

@@ -14,43 +14,10 @@ from evaluate import EVALUATION_SEED
 from files import UserError
 from hub import BUILT_IN
 from ouroboros import POOLS
+from presets import default_options, fitting_warmup
 from processes import RANK
 from run_folder import STEP_FOLDER, claim, holds_checkpoint, no_such_run, run_name
 from sources import BUILT_IN_SOURCES
-
-# Defaults by model and device. "cuda" is the paper's recipe at 1,000 of its 18,750 steps.
-PRESETS = {
-    "tiny": dict(
-        steps=1000,
-        seq_len=256,
-        batch_size=4,
-        accumulation=1,
-        lr=2e-3,
-        norm_lr_scale=50.0,
-        warmup=20,
-        eval_sequences=128,
-    ),
-    "cpu": dict(
-        steps=60,
-        seq_len=256,
-        batch_size=4,
-        accumulation=1,
-        lr=1e-3,
-        norm_lr_scale=50.0,
-        warmup=6,
-        eval_sequences=32,
-    ),
-    "cuda": dict(
-        steps=1000,
-        seq_len=2048,
-        batch_size=2,
-        accumulation=16,
-        lr=3e-4,
-        norm_lr_scale=1.0,
-        warmup=50,
-        eval_sequences=32,
-    ),
-}
 
 # What may change when a run is resumed. All else would make it another run.
 MAY_CHANGE = {
@@ -315,7 +282,8 @@ def parse_options(arguments: list[str] | None = None):
 
 def new_run_options(arguments: list[str], given) -> argparse.Namespace:
     """The options of a new run, where the defaults suit the model and the device."""
-    parser = build_parser(new_run_defaults(given))
+    on_cuda = pick_device(given.device or "auto").type == "cuda"
+    parser = build_parser(default_options(vars(given), on_cuda))
     options = parser.parse_args(arguments)
     check_numbers(options)
     check_past_the_paper(options)
@@ -324,46 +292,8 @@ def new_run_options(arguments: list[str], given) -> argparse.Namespace:
     if options.name is None:
         defaults = vars(parser.parse_args([]))
         options.name = run_name(vars(options), defaults)
-    options.warmup = min(options.warmup, max(1, options.steps // 2))
+    options.warmup = fitting_warmup(options.warmup, options.steps)
     return options
-
-
-def new_run_defaults(given) -> dict:
-    """The default of each option of a new run, by the options that are given."""
-    on_cuda = pick_device(given.device or "auto").type == "cuda"
-    model = given.model or ("Qwen/Qwen2.5-3B" if on_cuda else "tiny")
-    if model == "tiny":
-        preset = PRESETS["tiny"]
-    else:
-        preset = PRESETS["cuda" if on_cuda else "cpu"]
-
-    defaults = dict(
-        preset,
-        depth=8,
-        rank=32,
-        modulation="controller",
-        pool="prefix",
-        train_coda="none",
-        seam_tokens=0,
-        distill=0.0,
-        model=model,
-        data="fineweb-edu" if on_cuda else "python",
-        target_offset=1,
-        seed=0,
-        device="auto",
-        dtype="auto",
-        compile="auto",
-        activation_checkpointing=False,
-        save_every=100,
-    )
-    if given.patch:  # what did best on held-out text
-        defaults.update(depth=1, modulation="none", train_coda="all", lr=3 * preset["lr"])
-        defaults.update(seam_tokens=12_288)
-    if given.patch and given.target_offset != 2:  # the full model predicts the next token
-        defaults.update(distill=0.5, steps=preset["steps"] // 2)  # it takes half of the time of a step
-    steps = defaults["steps"] if given.steps is None else given.steps
-    defaults["eval_every"] = max(1, steps // 5)
-    return defaults
 
 
 def resumed_run_options(arguments: list[str], given):

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from data import Tokens
 from documents import read_documents
-from evaluate import BAR_DELAY, gap_recovered, mean_loss
+from estimates import gap_recovered, mean_loss
+from evaluate import BAR_DELAY
 from files import UserError
 from ouroboros import Ouroboros
 from patch import full_model_of

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from data import Batches
-from evaluate import gap_recovered, mean_loss
+from estimates import gap_recovered, mean_loss
 from hub import BUILT_IN, read_config, size_to_fetch, weight_names
 from ouroboros import Ouroboros
 from output import reader_is_gone

@@ -8,13 +8,15 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from files import WRITE_ERRORS, UserError, explaining, replace_file
+from files import WRITE_ERRORS, UserError, explaining, read_json, replace_file
 
 if sys.platform != "win32":
     import fcntl
 
 RUNS = Path("runs")
 LOG = "log.jsonl"
+RESULTS = "results.json"
+OPTIONS = "args.json"
 STEP_FOLDER = "step-" + 7 * "[0-9]"  # a pattern for glob
 FILE_NAME = "ouroboros.safetensors"  # in the folder of a checkpoint
 
@@ -34,6 +36,7 @@ NOT_IN_NAME = {
     "eval_every",
     "eval_sequences",
     "save_every",
+    "text_hash",
 }
 
 
@@ -43,18 +46,29 @@ def run_name(options: dict, defaults: dict) -> str:
     For example tiny-python, or tiny-python-depth4-no-gate-seed1.
     """
     parts = [Path(options["model"]).name, Path(options["data"]).name.split(".")[0]]
+    for option, value in differing_options(options, defaults):
+        parts.append(option + value)
+    name = "-".join(parts)
+    return re.sub(r"[^\w.+-]+", "_", name)[:120]  # a file system takes 255 bytes
+
+
+def differing_options(options: dict, defaults: dict) -> list[tuple[str, str]]:
+    """The options that make a run another one than the default, each with its value.
+
+    They are as on the command line: ("depth", "4") and, for an option without a value, ("no-gate", "").
+    """
+    differing = []
     for option, value in options.items():
         if option in NOT_IN_NAME or value is None or value == defaults.get(option):
             continue
         label = option.replace("_", "-")
         if value is True:
-            parts.append(label)
+            differing.append((label, ""))
         elif value is False:
-            parts.append(f"no-{label}")
+            differing.append((f"no-{label}", ""))
         else:
-            parts.append(f"{label}{value}")
-    name = "-".join(parts)
-    return re.sub(r"[^\w.+-]+", "_", name)[:120]  # a file system takes 255 bytes
+            differing.append((label, str(value)))
+    return differing
 
 
 # ---- Its checkpoints -------------------------------------------------------------------------------------
@@ -205,3 +219,36 @@ def append_row(run: Path, row: dict):
 def is_bad(row: dict) -> bool:
     """Whether the loss of a step, or the held-out loss after it, was not finite. The log has null for it."""
     return row["loss"] is None or row.get("held_out", 0.0) is None
+
+
+# ---- Its options and its results -------------------------------------------------------------------------
+
+
+def read_options(run: Path) -> dict:
+    """The options of a run. Raises UserError if it has none, or if the file is damaged."""
+    path = run / OPTIONS
+    with explaining(path, "read as the options of a run", "give a folder that train.py wrote"):
+        options = read_json(path)
+        options["model"], options["data"], options["steps"]  # KeyError where these are no options
+        return options
+
+
+def read_results(run: Path, steps_done: int) -> dict | None:
+    """{model: {column: the loss of each sequence}} of a run that has ended after so many steps.
+
+    None if it has not ended, or goes on after an end. Raises UserError for a damaged file.
+    """
+    path = run / RESULTS
+    if not path.exists() or steps_done != read_options(run)["steps"]:
+        return None
+    results = {}
+    with explaining(path, "read as losses", "python train.py --resume RUN writes it again"):
+        saved = read_json(path)
+        for name in ("full", "cut", "ouroboros"):
+            results[name] = {}
+            for column in saved[name]:
+                losses = saved[name][column]
+                if not isinstance(losses, list):  # older runs have the mean
+                    losses = [losses]
+                results[name][column] = losses
+    return results

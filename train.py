@@ -28,7 +28,8 @@ from checkpoint import newest_good_checkpoint, optimizer_tensors, prune_checkpoi
 from continuations import print_continuations, save_continuations
 from data import Batches
 from device import pick_device, pick_dtype
-from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns, mean_loss
+from estimates import mean_loss
+from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns
 from fast import keep_freed_memory, recompute_activations, try_to_compile
 from files import UserError, exit_on_user_error, write_json
 from hub import load_tokenizer
@@ -56,7 +57,7 @@ from report import (
     print_skipped_steps,
     print_text,
 )
-from run_folder import append_row, claim_new_folder, cut_log, is_bad, read_log, step_folder
+from run_folder import OPTIONS, RESULTS, append_row, claim_new_folder, cut_log, is_bad, read_log, step_folder
 from sources import open_source
 
 
@@ -161,7 +162,7 @@ def main():
     results["ouroboros"] = evaluate_columns(loss_of, columns, options, device, "the looped model")
     print_results(model, results, options.depth)
     if not options.eval:
-        write_json(options.out / "results.json", results)
+        write_json(options.out / RESULTS, results)
         print_skipped_steps(read_log(options.out))
         save_continuations(options.out, {"ouroboros": model}, columns["held-out"], device)
         print_continuations(options.out, model.depth)
@@ -207,11 +208,24 @@ def train(model, batches, held_out, options, device, checkpoint=None, loss_of=No
         mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; a file keeps every state of the bar
         disable=RANK > 0,
     )
+
+    def held_out_loss(steps: int) -> float | None:
+        """The held-out loss after so many steps, which is printed too. None if it is not finite."""
+        losses = evaluate(model.loss, held_out, options.eval_sequences, device)
+        loss = mean_loss(losses).mean
+        bar.write(f"step {steps}: held-out loss {loss:.3f}")
+        return loss if math.isfinite(loss) else None
+
     with StopSignals() as signals, bar:
         for step in range(first_step, options.steps):
-            started = time.perf_counter()
+            row = {"step": step + 1}  # of log.jsonl
+
+            # ---- Evaluate the untrained model
+            if RANK == 0 and step == 0:
+                row["held_out_at_start"] = held_out_loss(0)
 
             # ---- Learning rate
+            started = time.perf_counter()
             rate = learning_rate(step, options)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
@@ -228,7 +242,7 @@ def train(model, batches, held_out, options, device, checkpoint=None, loss_of=No
             grad_norm = clip_grad_norm_(parameters.values(), 1.0).item()
 
             # ---- Take the step, or skip a step without a number
-            row = {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": rate}
+            row.update(loss=loss, grad_norm=grad_norm, lr=rate)
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 optimizer.step()
                 skipped = 0
@@ -243,10 +257,7 @@ def train(model, batches, held_out, options, device, checkpoint=None, loss_of=No
             is_last = step + 1 == options.steps
             if RANK == 0:
                 if (step + 1) % options.eval_every == 0 or is_last:
-                    losses = evaluate(model.loss, held_out, options.eval_sequences, device)
-                    held_out_loss = mean_loss(losses).mean
-                    row["held_out"] = held_out_loss if math.isfinite(held_out_loss) else None
-                    bar.write(f"step {step + 1}: held-out loss {held_out_loss:.3f}")
+                    row["held_out"] = held_out_loss(step + 1)
                 append_row(options.out, row)
                 if is_bad(row):
                     bad_steps.append(step + 1)
@@ -373,7 +384,7 @@ def save_checkpoint(model: Ouroboros, optimizer, options, step: int, bad_steps: 
         kept.pop(name, None)
     moments = optimizer_tensors(optimizer, model.trained_parameters())
     model.save(step_folder(options.out, step), moments, step=step, options=kept)
-    write_json(options.out / "args.json", kept)  # for people to read
+    write_json(options.out / OPTIONS, kept)  # for people to read
     prune_checkpoints(options.out, step, bad_steps[0] if bad_steps else None)
 
 

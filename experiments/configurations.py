@@ -26,9 +26,9 @@ from experiments.variants import (
     WindowInput,
     ZeroInput,
 )
-from options import PRESETS
 from ouroboros import Ouroboros
 from patch import Patched
+from presets import PRESETS
 
 TABLE_RATES = (10, 30, 100, 300)  # of the static table, in common learning rates
 BEST_TABLE_RATES = (30, 100)  # which have as many seeds as the Controller; the others have one

@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from data import Batches
 from device import pick_device, pick_dtype
-from evaluate import EVALUATION_SEED, evaluate, gap_recovered, mean_loss
+from estimates import gap_recovered, mean_loss
+from evaluate import EVALUATION_SEED, evaluate
 from fast import keep_freed_memory
 from files import exit_on_user_error, write_json
 from hub import load_tokenizer

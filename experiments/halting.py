@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from data import Batches
 from device import promote
-from evaluate import paired_difference
+from estimates import paired_difference
 from ouroboros import LoopCache, Ouroboros
 from qwen import rotary_at
 

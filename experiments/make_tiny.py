@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import Batches
-from evaluate import evaluate, mean_loss
+from estimates import mean_loss
+from evaluate import evaluate
 from files import UserError, exit_on_user_error, replace_file
 from hub import END_OF_TEXT, load_tokenizer
 from qwen import Config, Qwen

@@ -7,7 +7,7 @@ import torch
 
 from data import Batches
 from device import pick_device, pick_dtype
-from evaluate import mean_loss
+from estimates import mean_loss
 from experiments.configurations import BY_DEPTH, CURVE, HALTING, OBJECTIVE, SWAP, TASKS, Run
 from experiments.halting import measure_halting
 from experiments.measure import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluate import mean_loss
+from estimates import mean_loss
 from experiments.claims import claims_table
 from experiments.configurations import ALTERNATIVES, TABLE_RATES
 from experiments.halting import gain_over_fixed_depth

@@ -4,8 +4,28 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from experiments.measure import DEPTHS
 from experiments.records import CUT, FULL, Records
 from files import replace_file
+from plot import write_beside
+
+# The colours get darker from the first to the last and the markers differ, for pictures that are grey.
+COLORS = ("#e69f00", "#d55e00", "#009e73", "#0057a8", "black")
+MARKERS = "osD^v"
+SYMBOLS = "●■◆▲▼"  # the markers as text
+
+LONG_RUNS = {  # configuration -> label
+    "long depth8 controller": "the paper's system, depth 8",
+    "long depth1 controller": "the paper's system, depth 1",
+    "long released": "as released",
+}
+TRAINED_DEPTHS = {  # configuration -> the depths of its training
+    "depth1 controller": (1,),
+    "depth4 controller": (4,),
+    "depth8 controller": (8,),
+    "depth16 controller": (16,),
+    "drawn depth": (1, 2, 4, 8),
+}
 
 
 def save_picture(folder: Path, name: str, figure: Figure):
@@ -16,65 +36,55 @@ def save_picture(folder: Path, name: str, figure: Figure):
 
 def draw_curves(records: Records, folder: Path):
     """The losses of the long runs by step: on the validation sample, as the training has measured them."""
-    curves = [  # configuration, label, line style
-        ("long depth8 controller", "the paper's system, depth 8", "-"),
-        ("long depth1 controller", "the paper's system, depth 1", "-"),
-        ("long released", "as released", "-."),
-    ]
-    curves = [curve for curve in curves if records.results(curve[0])]
-    if not curves:
+    names = [name for name in LONG_RUNS if records.results(name)]
+    if not names:
         return
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (name, label, line_style), marker in zip(curves, "osD"):
+    labels = []  # (height, text, colour) of what is written beside the right end
+    for name, marker, symbol, color in zip(names, MARKERS, SYMBOLS, COLORS[1:]):
         steps = []
         losses = []
         for step, _, held_out in records.first(name)["log"]:
             if held_out is not None:  # the others were not evaluated
                 steps.append(step)
                 losses.append(held_out)
-        axes.plot(
-            steps, losses, color="black", linestyle=line_style, marker=marker, markersize=4, label=label
-        )
+        axes.plot(steps, losses, color=color, marker=marker, markersize=4)
+        labels.append((losses[-1], f"{symbol} {LONG_RUNS[name]}", color))
     for which, line_style in ((CUT, ":"), (FULL, "--")):
-        loss = mean_validation_loss(records, which)
-        axes.axhline(loss, color="0.5", linewidth=0.8, linestyle=line_style, label=f"{which} model")
+        loss = records.mean(which, ("loss", "held-out", "validation")).mean
+        axes.axhline(loss, color="black", linewidth=1.2, linestyle=line_style)
+        labels.append((loss, f"{which} model", "black"))
+    axes.margins(x=0.02)
     axes.set(xlabel="optimizer step", ylabel="held-out loss of the next token, nats")
-    axes.legend(fontsize="small")
+    write_beside(axes, labels)
     save_picture(folder, "curves", figure)
 
 
-def mean_validation_loss(records: Records, name: str) -> float:
-    return records.mean(name, ("loss", "held-out", "validation")).mean
-
-
 def draw_depths(records: Records, folder: Path):
-    """The held-out loss by depth at test time, for each trained depth."""
-    names = [f"depth{depth} controller" for depth in (1, 4, 8, 16)]
-    names = [name for name in [*names, "drawn depth"] if records.has(name, ("depths",))]
+    """The held-out loss by depth at test time. A ring marks the depth with which a model was trained."""
+    names = [name for name in TRAINED_DEPTHS if records.has(name, ("depths",))]
     if not names:
         return
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, marker in zip(names, "osD^v"):
-        depths = []
-        losses = []
-        for depth in records.first(name)["depths"]:
-            if None not in records.first(name)["depths"][depth]:
-                depths.append(int(depth))
-                losses.append(records.mean(name, ("depths", depth)).mean)
-        axes.plot(
-            depths,
-            losses,
-            marker=marker,
-            color="black",
-            markerfacecolor="white",
-            linewidth=0.8,
-            label=f"trained: {name}",
-        )
-    axes.axhline(records.mean(CUT).mean, color="0.5", linestyle=":", label="cut model")
+    labels = []  # (height, text, colour) of what is written beside the right end
+    for name, marker, symbol, color in zip(names, MARKERS, SYMBOLS, COLORS):
+        losses = {}  # depth -> mean; without the depths at which a loss is not finite
+        for depth, numbers in records.first(name)["depths"].items():
+            if None not in numbers:
+                losses[int(depth)] = records.mean(name, ("depths", depth)).mean
+        axes.plot(losses.keys(), losses.values(), color=color, marker=marker, markersize=4, linewidth=1.2)
+        for depth in TRAINED_DEPTHS[name]:
+            if depth in losses:
+                axes.plot(depth, losses[depth], "o", color=color, markersize=13, fillstyle="none")
+        depths = ", ".join(map(str, TRAINED_DEPTHS[name]))
+        labels.append((losses[max(losses)], f"{symbol} trained with depth {depths}", color))
+    cut = records.mean(CUT).mean
+    axes.axhline(cut, color="black", linewidth=1.2, linestyle=":")
+    labels.append((cut, "cut model", "black"))
     axes.set_xscale("log", base=2)
-    axes.set_xticks(depths, depths)
-    axes.set(xlabel="depth at test time", ylabel="held-out loss, nats per token")
-    axes.legend(fontsize="small")
+    axes.set_xticks(DEPTHS, DEPTHS)
+    axes.set(xlabel="depth at test time (ring: depth in training)", ylabel="held-out loss, nats per token")
+    write_beside(axes, labels)
     save_picture(folder, "depth", figure)

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median, stdev
 from typing import NamedTuple
 
-from evaluate import Estimate, gap_recovered, mean_loss
+from estimates import Estimate, gap_recovered, mean_loss
 from files import explaining, read_json
 
 # Where a number lies in the JSON of a run: a list with one number for each sequence.

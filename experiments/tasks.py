@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from device import promote
-from evaluate import Estimate
+from estimates import Estimate
 
 PROMPT = 64  # tokens of the text before the continuation
 CONTINUATION = 32  # tokens

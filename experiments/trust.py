@@ -136,9 +136,10 @@ def ends_are_equal(run: Path, other: Path) -> bool:
 
 def logged_losses(run: Path) -> list[dict]:
     """The rows of log.jsonl without the rates and the times."""
+    keys = ("step", "loss", "grad_norm", "held_out", "held_out_at_start")
     rows = []
     for row in read_log(run):
-        rows.append({key: row.get(key) for key in ("step", "loss", "grad_norm", "held_out")})
+        rows.append({key: row.get(key) for key in keys})
     return rows
 
 

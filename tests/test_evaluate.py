@@ -10,15 +10,8 @@ from helpers import TOKENIZER, FixedBatches, looped, small_model, small_tokenize
 from safetensors.torch import load_file, save_file
 
 from data import Batches
-from evaluate import (
-    EVALUATION_SEED,
-    evaluate,
-    evaluate_baselines,
-    evaluate_columns,
-    gap_recovered,
-    mean_loss,
-    paired_difference,
-)
+from estimates import gap_recovered, mean_loss, paired_difference
+from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns
 from files import UserError
 from ouroboros import Ouroboros
 from qwen import Qwen

@@ -14,6 +14,8 @@ import threads
 ORDER = [
     "threads",
     "output",
+    "estimates",
+    "presets",
     "files",
     "run_folder",
     "device",
@@ -99,8 +101,9 @@ def test_threads_wait_a_shorter_time_where_other_programs_need_the_cores(load, e
     assert threads.turns() == expected
 
 
-def test_a_picture_is_drawn_without_torch():
-    assert "torch" not in modules_after("import plot")  # which every run waits for at its end
+@pytest.mark.parametrize("program", ["plot", "experiments.runs"])
+def test_what_only_reads_the_losses_of_runs_starts_without_torch(program):
+    assert "torch" not in modules_after(f"import {program}")
 
 
 def test_importing_the_programs_brings_no_experiments_matplotlib_or_transformers():

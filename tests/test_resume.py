@@ -33,7 +33,7 @@ from helpers import (
 
 import train
 from checkpoint import read_checkpoint, write_checkpoint
-from evaluate import mean_loss
+from estimates import mean_loss
 from files import UserError
 from options import parse_options
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import ROOT, SMALL, TOKENIZER, FixedBatches, folder_of, small_model, small_qwen
 
-from experiments import measure
+from experiments import measure, pictures
 from experiments.claims import FAILS, HOLDS, UNKNOWN, UNSEEN, all_claims, verdict
 from experiments.configurations import all_runs
 from experiments.measure import (
@@ -328,6 +328,30 @@ def test_a_configuration_of_which_a_run_diverged_decides_nothing(made_up, tmp_pa
     records = Records(tmp_path)
     assert not records.has("depth1 static")
     assert records.best(["depth1 controller", "depth1 static"]) == "depth1 controller"
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------
+
+
+def test_a_ring_marks_the_depths_of_the_training(made_up, tmp_path, monkeypatch):
+    made_up(depth4_controller=[3.0], drawn_depth=[3.1])
+    for name, best in (("depth4-controller", 4), ("drawn-depth", 1)):
+        path = tmp_path / f"{name}-seed0.json"
+        losses = {depth: [3.0 + abs(depth - best), 3.0] for depth in (1, 2, 4, 8, 16)}
+        losses[16][0] = None  # not finite
+        path.write_text(json.dumps({**json.loads(path.read_text()), "depths": losses}))
+
+    figures = {}
+    monkeypatch.setattr(pictures, "save_picture", lambda _, name, figure: figures.update({name: figure}))
+    pictures.draw_depths(Records(tmp_path), tmp_path)
+    [axes] = figures["depth"].axes
+    rings = [line for line in axes.lines if line.get_fillstyle() == "none"]
+    assert [line.get_xdata()[0] for line in rings] == [4, 1, 2, 4, 8]
+    assert rings[0].get_ydata()[0] == 3.0
+    texts = [text.get_text() for text in axes.texts]
+    for label in ("trained with depth 4", "trained with depth 1, 2, 4, 8", "cut model"):
+        assert any(text.endswith(label) for text in texts)
+    assert len({line.get_color() for line in rings}) == 2
 
 
 # ---- The tables in the repository ------------------------------------------------------------------------

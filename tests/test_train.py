@@ -33,7 +33,8 @@ import train
 from checkpoint import read_checkpoint, step_folder
 from data import Batches
 from device import pick_dtype
-from evaluate import EVALUATION_SEED, evaluate, mean_loss, paired_difference
+from estimates import mean_loss, paired_difference
+from evaluate import EVALUATION_SEED, evaluate
 from files import UserError, exit_on_user_error
 from hub import load_tokenizer
 from options import parse_options
@@ -111,6 +112,7 @@ def test_the_log_has_a_row_for_each_step(finished):
     rows = log_rows(finished.out)
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert [row["step"] for row in rows if "held_out" in row] == [20, 40, 60]
+    assert [row["step"] for row in rows if "held_out_at_start" in row] == [1]
     assert rows[-1]["lr"] < 1e-4
     results = json.loads((finished.out / "results.json").read_text())
     last = mean_loss(results["ouroboros"]["held-out"])
@@ -128,6 +130,18 @@ def test_a_run_leaves_checkpoints_options_and_a_picture_and_nothing_half_written
     assert names == expected
     assert not list(finished.out.rglob("*.part*"))
     assert json.loads((finished.out / "args.json").read_text())["steps"] == 60
+
+
+def test_the_first_row_has_the_held_out_loss_of_the_untrained_model_and_a_resumed_run_no_other(tmp_path):
+    model = small_model()
+    untrained = mean_loss(evaluate(model.loss, FixedBatches(), 2, "cpu")).mean
+    arguments = [FixedBatches(), FixedBatches()]
+    train.train(model, *arguments, training_options(tmp_path, steps=2), torch.device("cpu"))
+    checkpoint = read_checkpoint(tmp_path)
+    train.train(model, *arguments, training_options(tmp_path, steps=4), torch.device("cpu"), checkpoint)
+    rows = log_rows(tmp_path)
+    assert [row.get("held_out_at_start") for row in rows] == [untrained, None, None, None]
+    assert rows[1]["held_out"] != untrained
 
 
 def test_an_evaluation_gives_the_same_table(finished):
@@ -329,6 +343,7 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run_with_a_whole_checkpoint
         UserError, match="after step 3 the held-out loss is not finite; try --resume .*step-0000001"
     ):
         train.train(small_model(), FixedBatches(), held_out, options, torch.device("cpu"))
+    assert log_rows(tmp_path)[0]["held_out_at_start"] is None  # which alone does not end it
     assert log_rows(tmp_path)[-1]["held_out"] is None
     left = sorted(path.name for path in tmp_path.glob("step-*"))
     assert left == ["step-0000001", "step-0000002", "step-0000003"]
