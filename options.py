@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from checkpoint import read_checkpoint
+from checkpoint import is_on_hub, read_checkpoint
 from device import pick_device
 from evaluate import EVALUATION_SEED
 from files import UserError
@@ -287,8 +287,8 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
         "--eval",
         type=Path,
         metavar="RUN",
-        help="Only evaluate a run, on its own text or on the text of --data, at its own or at another "
-        "--depth.",
+        help="Only evaluate a run, of a folder or of the Hub, on its own text or on the text of --data, at "
+        "its own or at another --depth.",
     )
     parser.set_defaults(**defaults)
     return parser
@@ -369,7 +369,14 @@ def new_run_defaults(given) -> dict:
 def resumed_run_options(arguments: list[str], given):
     """(options, checkpoint) of a saved run: its own options, and what the command line changes."""
     folder = given.resume or given.eval
-    if not holds_checkpoint(folder):  # a run of the Hub has no folder in which it could go on
+    on_hub = is_on_hub(folder)
+    if given.resume and on_hub:
+        copy = f"runs/{folder.name}"
+        raise UserError(
+            f"{folder}: no such folder, and a run on the Hub cannot go on there; fetch it with "
+            f"hf download {folder} --local-dir {copy}, then --resume {copy}"
+        )
+    if not on_hub and not holds_checkpoint(folder):
         raise no_such_run(folder)
     run = folder.parent if folder.match(STEP_FOLDER) else folder  # RUN/step-0000100 is a checkpoint of RUN
     if given.resume and RANK == 0:

@@ -19,7 +19,7 @@ from patch import load_run
 def parse_options():
     parser = ArgumentParser(description="Continue a prompt with a trained run.", usage=SUPPRESS)
     option = parser.add_argument
-    option("run", help="The folder that train.py wrote, such as runs/NAME.")
+    option("run", help="The folder that train.py wrote, such as runs/NAME, or a Hub name.")
     option("--prompt", required=True, help="The text to continue.")
     option("--max-new-tokens", type=int, default=100, help="How many tokens are added at most. Default: 100.")
     option(
@@ -29,7 +29,7 @@ def parse_options():
         help="0 takes the likeliest token each time; 0.8 gives variety. Default: 0.",
     )
     option("--depth", type=int, help="Steps of the loop. Default: as trained.")
-    option("--model", help="Where the base model is now, if it was moved since the training.")
+    option("--model", help="Where the base model is now, if it was moved: a folder or a Hub name.")
     option("--device", default="auto", help="cuda, mps or cpu. Default: the first of these that is there.")
     return parser.parse_args()
 

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from card import write_card
 from checkpoint import newest_good_checkpoint, optimizer_tensors, prune_checkpoints, restore_optimizer
 from data import Batches
 from device import pick_device, pick_dtype
@@ -55,7 +56,7 @@ from report import (
     print_skipped_steps,
     print_text,
 )
-from run_folder import append_row, claim_new_folder, cut_log, is_bad, read_log, step_folder
+from run_folder import FILE_NAME, append_row, claim_new_folder, cut_log, is_bad, read_log, step_folder
 from sources import open_source
 
 
@@ -151,11 +152,14 @@ def main():
     print_results(model, results, options.depth)
     if not options.eval:
         write_json(options.out / "results.json", results)
+        write_card(model, results, options)
         print_skipped_steps(read_log(options.out))
         print_sample(model, tokenizer, columns["held-out"], options.seed, device)
         draw_picture(options.out)
         place = shlex.quote(str(options.out))
         print(f'\nAll of it is in {options.out}. Write on: python sample.py {place} --prompt "..."')
+        last = shlex.quote(str(step_folder(options.out, options.steps)))
+        print(f"To share it, with the model card there: hf upload YOU/NAME {last}")
 
 
 # ---- The training loop -----------------------------------------------------------------------------------
@@ -179,8 +183,8 @@ def train(model, batches, held_out, options, device, checkpoint=None, loss_of=No
 
     bad_steps = []  # those without a finite loss
     if RANK == 0:
-        if first_step == 0:
-            save_checkpoint(model, optimizer, options, 0, bad_steps)
+        if not (step_folder(options.out, first_step) / FILE_NAME).exists():  # a new run, or one of the Hub
+            save_checkpoint(model, optimizer, options, first_step, bad_steps)
         cut_log(options.out, first_step)
         bad_steps += [row["step"] for row in read_log(options.out) if is_bad(row)]
 

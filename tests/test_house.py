@@ -30,6 +30,7 @@ ORDER = [
     "data",
     "evaluate",
     "report",
+    "card",
     "options",
     "plot",
     "train",
