@@ -83,9 +83,9 @@ def card_text(model: Ouroboros, results: dict, options, licence: dict[str, str])
 # {options.out.resolve().name}
 
 An Ouroboros ([arXiv 2604.02051](https://arxiv.org/abs/2604.02051)), trained with `train.py` of
-"Ouroboros from scratch". A pretrained model of {num_layers} layers was cut to {layers_kept}. One of these, layer
-{looped}, is looped with depth {model.depth}. The {trained:,} parameters that were trained are in this
-repository; the pretrained ones are not.
+"Ouroboros from scratch". A pretrained model of {num_layers} layers was cut to {layers_kept}. One of these,
+layer {looped}, is looped with depth {model.depth}. The {trained:,} parameters that were trained are in
+this repository; the pretrained ones are not.
 
 - Base model: {base_sentence(model.source)} Loading checks that it is the same model.
 - Licence: {licence_sentence(licence)}

@@ -77,8 +77,8 @@ def read_hub_checkpoint(repo: str) -> tuple[dict, dict]:
     path = locate(repo, FILE_NAME, required=False)
     if path is None:
         raise UserError(
-            f"{repo}: this Hub repository holds no run: it has no {FILE_NAME} beside its README.md; a run "
-            f"of yours gets there with hf upload {repo} runs/NAME/step-N"
+            f"{repo}: this Hub repository is no run, for it has no {FILE_NAME} at its top; a run is put "
+            "there with hf upload YOU/NAME runs/NAME/step-N"
         )
     return read_one_checkpoint(path, f"fetch it again: hf download {repo} {FILE_NAME} --force-download")
 

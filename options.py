@@ -15,7 +15,7 @@ from files import UserError
 from hub import BUILT_IN
 from ouroboros import POOLS
 from processes import RANK
-from run_folder import STEP_FOLDER, claim, holds_checkpoint, no_such_run, run_name
+from run_folder import FILE_NAME, STEP_FOLDER, claim, holds_checkpoint, no_such_run, run_name
 from sources import BUILT_IN_SOURCES
 
 # Defaults by model and device. "cuda" is the paper's recipe at 1,000 of its 18,750 steps.
@@ -374,7 +374,7 @@ def resumed_run_options(arguments: list[str], given):
         copy = f"runs/{folder.name}"
         raise UserError(
             f"{folder}: no such folder, and a run on the Hub cannot go on there; fetch it with "
-            f"hf download {folder} --local-dir {copy}, then --resume {copy}"
+            f"hf download {folder} {FILE_NAME} --local-dir {copy}, then --resume {copy}"
         )
     if not on_hub and not holds_checkpoint(folder):
         raise no_such_run(folder)
