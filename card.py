@@ -70,7 +70,7 @@ def licence_fields(card: str) -> dict[str, str]:
 
 
 def card_text(model: Ouroboros, results: dict, options, licence: dict[str, str]) -> str:
-    """The whole card."""
+    """The whole card. licence: what licence_of returned for the base."""
     num_layers = model.config.num_hidden_layers
     layers_kept = len(model.prelude) + 1 + len(model.coda)
     looped = model.settings["recurrent"]
@@ -137,7 +137,7 @@ def metadata(base: str, data: str, licence: dict[str, str]) -> str:
     """The Hub's metadata of the card."""
     lines = ["---"]
     for key, value in licence.items():
-        lines.append(f"{key}: {value}")
+        lines.append(f'{key}: "{value}"')  # in quotes, since some words mean something else in YAML
     if is_hub_name(base):
         lines += [f"base_model: {base}", "base_model_relation: adapter"]
     if data == "fineweb-edu":

@@ -183,7 +183,8 @@ def train(model, batches, held_out, options, device, checkpoint=None, loss_of=No
 
     bad_steps = []  # those without a finite loss
     if RANK == 0:
-        if not (step_folder(options.out, first_step) / FILE_NAME).exists():  # a new run, or one of the Hub
+        is_in_its_folder = (step_folder(options.out, first_step) / FILE_NAME).exists()
+        if first_step == 0 or not is_in_its_folder:  # a copy of a run on the Hub is a file without a folder
             save_checkpoint(model, optimizer, options, first_step, bad_steps)
         cut_log(options.out, first_step)
         bad_steps += [row["step"] for row in read_log(options.out) if is_bad(row)]

@@ -68,6 +68,13 @@ def test_a_base_that_is_not_on_the_hub_and_an_unknown_licence_are_not_made_up(en
     assert "base model is not known here. Look it up" in ended.card.read_text()
 
 
+@pytest.mark.parametrize("word", ["no", "1.0", "a:", "-"])
+def test_a_word_that_means_something_else_in_yaml_stays_a_word(word, ended, pretrained):
+    (pretrained / "README.md").write_text(f"---\nlicense: '{word}'\n---\n")
+    write_card(ended.model, RESULTS, ended.options)
+    assert metadata_load(ended.card)["license"] == word
+
+
 def test_a_card_names_the_text_of_the_hub(ended):
     ended.options.data = "fineweb-edu"
     write_card(ended.model, RESULTS, ended.options)
