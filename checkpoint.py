@@ -47,7 +47,7 @@ def read_checkpoint(folder) -> tuple[dict, dict]:
     stderr and the one before it is read. Raises UserError if none is whole.
     """
     if is_on_hub(folder):
-        return read_one_checkpoint(locate(folder, FILE_NAME))
+        return read_hub_checkpoint(str(folder))
     if not holds_checkpoint(Path(folder)):
         raise no_such_run(folder)
 
@@ -72,10 +72,24 @@ def is_on_hub(folder) -> bool:
     return is_hub_name(str(folder)) and not path.parent.exists() and str(path.parent) not in ("runs", "..")
 
 
-def read_one_checkpoint(path: Path) -> tuple[dict, dict]:
-    """The (tensors, about) of one file. Raises UserError if it is damaged or of another format."""
+def read_hub_checkpoint(repo: str) -> tuple[dict, dict]:
+    """The (tensors, about) of a Hub repository to which the folder of a checkpoint was uploaded."""
+    path = locate(repo, FILE_NAME, required=False)
+    if path is None:
+        raise UserError(
+            f"{repo}: this Hub repository is no run, for it has no {FILE_NAME} at its top; a run is put "
+            "there with hf upload YOU/NAME runs/NAME/step-N"
+        )
+    return read_one_checkpoint(path, f"fetch it again: hf download {repo} {FILE_NAME} --force-download")
+
+
+def read_one_checkpoint(path: Path, advice="bring back a copy") -> tuple[dict, dict]:
+    """The (tensors, about) of one file. Raises UserError if it is damaged or of another format.
+
+    advice: what to do about a damaged file.
+    """
     with (
-        explaining(path, "read as a whole checkpoint", "bring back a copy"),
+        explaining(path, "read as a whole checkpoint", advice),
         safe_open(path, "pt") as file,
     ):
         metadata = file.metadata() or {}
@@ -88,9 +102,7 @@ def read_one_checkpoint(path: Path) -> tuple[dict, dict]:
             f"{path}: was not saved by this program, or is damaged; give a folder of train.py or save()"
         )
     if checksum(tensors, metadata["about"]) != metadata["sha256"]:
-        raise UserError(
-            f"{path}: cannot be read as a whole checkpoint (its checksum does not fit); bring back a copy"
-        )
+        raise UserError(f"{path}: cannot be read as a whole checkpoint (its checksum does not fit); {advice}")
     about = json.loads(metadata["about"])
     if about.get("format") != FORMAT:
         raise UserError(f"{path}: was saved by another version of this program; open it with that version")

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from checkpoint import read_checkpoint
+from checkpoint import is_on_hub, read_checkpoint
 from device import pick_device
 from evaluate import EVALUATION_SEED
 from files import UserError
@@ -16,7 +16,7 @@ from hub import BUILT_IN
 from ouroboros import POOLS
 from presets import default_options, fitting_warmup
 from processes import RANK
-from run_folder import STEP_FOLDER, claim, holds_checkpoint, no_such_run, run_name
+from run_folder import FILE_NAME, STEP_FOLDER, claim, holds_checkpoint, no_such_run, run_name
 from sources import BUILT_IN_SOURCES
 
 # What may change when a run is resumed. All else would make it another run.
@@ -254,8 +254,8 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
         "--eval",
         type=Path,
         metavar="RUN",
-        help="Only evaluate a run, on its own text or on the text of --data, at its own or at another "
-        "--depth.",
+        help="Only evaluate a run, of a folder or of the Hub, on its own text or on the text of --data, at "
+        "its own or at another --depth.",
     )
     parser.set_defaults(**defaults)
     return parser
@@ -299,7 +299,14 @@ def new_run_options(arguments: list[str], given) -> argparse.Namespace:
 def resumed_run_options(arguments: list[str], given):
     """(options, checkpoint) of a saved run: its own options, and what the command line changes."""
     folder = given.resume or given.eval
-    if not holds_checkpoint(folder):  # a run of the Hub has no folder in which it could go on
+    on_hub = is_on_hub(folder)
+    if given.resume and on_hub:
+        copy = f"runs/{folder.name}"
+        raise UserError(
+            f"{folder}: no such folder, and a run on the Hub cannot go on there; fetch it with "
+            f"hf download {folder} {FILE_NAME} --local-dir {copy}, then --resume {copy}"
+        )
+    if not on_hub and not holds_checkpoint(folder):
         raise no_such_run(folder)
     run = folder.parent if folder.match(STEP_FOLDER) else folder  # RUN/step-0000100 is a checkpoint of RUN
     if given.resume and RANK == 0:

@@ -73,7 +73,7 @@ def print_perplexities(model: Ouroboros, file: Path, tokenizer, options, device)
     size = bytes_of(file)
     print(f"\n{file}: {total:,} tokens, {size:,} bytes")
     print(f"read in {len(sizes)} windows of up to {options.seq_len} tokens\n")
-    print_row("", ["loss", "perplexity", "bits per byte"])
+    print_row(["", "loss", "perplexity", "bits per byte"])
     columns = {}
     for name, label in model_names(model, options.depth).items():
         # weighted by the length of the window, so that the mean is that over all tokens
@@ -81,9 +81,9 @@ def print_perplexities(model: Ouroboros, file: Path, tokenizer, options, device)
         columns[name] = {"file": weighted}
         loss = mean_loss(weighted)
         bits = loss.mean * total / size / math.log(2)
-        print_row(label, [str(loss), f"{math.exp(loss.mean):.2f}", f"{bits:.3f}"])
+        print_row([label, str(loss), f"{math.exp(loss.mean):.2f}", f"{bits:.3f}"])
     share = gap_recovered(columns, "file")
-    print_row("gap recovered", ["no gap" if share is None else share.percent()])
+    print_row(["gap recovered", "no gap" if share is None else share.percent()])
 
 
 def windows_of(tokens: Tokens, length: int):

@@ -145,24 +145,45 @@ def announce_stop(run: Path):
 
 
 def print_results(model: Ouroboros, results: dict, depth: int):
-    """Print the losses of the full, the cut and the looped model, and the share of the gap recovered.
+    """Print the results table and the notes on it. depth: that of the evaluation of the looped model."""
+    print()
+    for row in results_table(model, results, depth):
+        print_row(row)
+    for note in results_notes(results):
+        print(note)
 
-    depth: that of the evaluation of the looped model.
+
+def print_row(row: list[str]):
+    """Print a row of a table: its name and its cells."""
+    print(f"{row[0]:24}" + "".join(f"{cell:>18}" for cell in row[1:]))
+
+
+def results_table(model: Ouroboros, results: dict, depth: int) -> list[list[str]]:
+    """The rows of the results table, with a head row: the losses of the full, the cut and the looped model,
+    and the share of the gap recovered.
     """
     columns = list(results["full"])
 
-    print()
-    print_row("", columns)
+    rows = [["", *columns]]
     for key, name in model_names(model, depth).items():
-        print_row(name, [str(mean_loss(results[key][column])) for column in columns])
+        losses = [str(mean_loss(results[key][column])) for column in columns]
+        rows.append([name, *losses])
 
     shares = [gap_recovered(results, column) for column in columns]
-    print_row("gap recovered", ["no gap" if share is None else share.percent() for share in shares])
+    rows.append(["gap recovered", *("no gap" if share is None else share.percent() for share in shares)])
+    return rows
+
+
+def results_notes(results: dict) -> list[str]:
+    """What a reader of the results table has to know, a line each."""
+    notes = []
+    shares = [gap_recovered(results, column) for column in results["full"]]
     if None in shares:
-        print("no gap: on this text the full model is no better than the cut one")
+        notes.append("no gap: on this text the full model is no better than the cut one")
     if any(share is not None and share.mean > 1 for share in shares):
-        print("above 100%: unlike the full model, the looped one was trained on this kind of text")
-    print("Losses are in nats per token, with their standard error over the sequences.")
+        notes.append("above 100%: unlike the full model, the looped one was trained on this kind of text")
+    notes.append("Losses are in nats per token, with their standard error over the sequences.")
+    return notes
 
 
 def model_names(model: Ouroboros, depth: int) -> dict[str, str]:
@@ -173,11 +194,6 @@ def model_names(model: Ouroboros, depth: int) -> dict[str, str]:
         "cut": f"cut to {layers_kept} layers",
         "ouroboros": f"ouroboros, depth {depth}",
     }
-
-
-def print_row(name: str, cells: list[str]):
-    """Print a row of the results table."""
-    print(f"{name:24}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 def print_skipped_steps(log: list[dict]):

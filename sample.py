@@ -53,7 +53,7 @@ def parse_options():
     )
     option("--seed", type=int, default=0, help="Another seed draws another text. Default: 0.")
     option("--depth", type=int, help="Steps of the loop. Default: as trained.")
-    option("--model", help="Where the base model is now, if it was moved since the training.")
+    option("--model", help="Where the base model is now, if it was moved: a folder or a Hub name.")
     option("--device", default="auto", help="cuda, mps or cpu. Default: the first of these that is there.")
     return parser.parse_args()
 

@@ -11,7 +11,7 @@ import torch
 
 from checkpoint import read_checkpoint, write_checkpoint
 from files import UserError
-from hub import check_same_model, fingerprint
+from hub import BUILT_IN, check_same_model, fingerprint, is_hub_name
 from qwen import PROJECTIONS, Qwen
 from run_folder import FILE_NAME, STEP_FOLDER
 
@@ -113,12 +113,15 @@ def saved_model(folder, about: dict) -> dict:
 
 
 def check_base_is_there(base: str | None, folder):
-    """Raise UserError if the pretrained model of a saved model has no name, or was moved."""
-    advice = "give the folder in which it lies now, with --model FOLDER (in Python: base=FOLDER)"
+    """Raise UserError if the pretrained model of a saved model has no name, or is a folder that is gone."""
+    advice = "say where it is now, with --model FOLDER or --model HUB_NAME (in Python: base=...)"
     if base is None:
         raise UserError(f"{folder}: its pretrained model was not loaded from files; {advice}")
-    if Path(base).is_absolute() and not Path(base).is_dir():  # not a Hub name
-        raise UserError(f"{base}: no such folder any more; {folder} needs the pretrained model; {advice}")
+    if not (base in BUILT_IN or is_hub_name(base) or Path(base).is_dir()):
+        raise UserError(
+            f"{base}: no such folder here; it held the pretrained model of {folder} when that was trained; "
+            f"{advice}"
+        )
 
 
 def check_settings(cls, folder, settings: dict):

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from card import write_card
 from checkpoint import newest_good_checkpoint, optimizer_tensors, prune_checkpoints, restore_optimizer
 from continuations import print_continuations, save_continuations
 from data import Batches
@@ -57,7 +58,17 @@ from report import (
     print_skipped_steps,
     print_text,
 )
-from run_folder import OPTIONS, RESULTS, append_row, claim_new_folder, cut_log, is_bad, read_log, step_folder
+from run_folder import (
+    FILE_NAME,
+    OPTIONS,
+    RESULTS,
+    append_row,
+    claim_new_folder,
+    cut_log,
+    is_bad,
+    read_log,
+    step_folder,
+)
 from sources import open_source
 
 
@@ -163,12 +174,15 @@ def main():
     print_results(model, results, options.depth)
     if not options.eval:
         write_json(options.out / RESULTS, results)
+        write_card(model, results, options)
         print_skipped_steps(read_log(options.out))
         save_continuations(options.out, {"ouroboros": model}, columns["held-out"], device)
         print_continuations(options.out, model.depth)
         draw_picture(options.out)
         place = shlex.quote(str(options.out))
         print(f'\nAll of it is in {options.out}. Write on: python sample.py {place} --prompt "..."')
+        last = shlex.quote(str(step_folder(options.out, options.steps)))
+        print(f"To share it, with the model card there: hf upload YOU/NAME {last}")
 
 
 # ---- The training loop -----------------------------------------------------------------------------------
@@ -192,8 +206,9 @@ def train(model, batches, held_out, options, device, checkpoint=None, loss_of=No
 
     bad_steps = []  # those without a finite loss
     if RANK == 0:
-        if first_step == 0:
-            save_checkpoint(model, optimizer, options, 0, bad_steps)
+        is_in_its_folder = (step_folder(options.out, first_step) / FILE_NAME).exists()
+        if first_step == 0 or not is_in_its_folder:  # a copy of a run on the Hub is a file without a folder
+            save_checkpoint(model, optimizer, options, first_step, bad_steps)
         cut_log(options.out, first_step)
         bad_steps += [row["step"] for row in read_log(options.out) if is_bad(row)]
 

@@ -339,6 +339,13 @@ def succeed(*arguments, env=None, cwd=None) -> str:
     return result.stdout
 
 
+def table_of(printed: str) -> list[str]:
+    """The lines of the results table that a program printed."""
+    lines = printed.splitlines()
+    (last,) = (i for i, line in enumerate(lines) if line.startswith("gap recovered"))
+    return lines[last - 4 : last + 1]
+
+
 def assert_refused(result: subprocess.CompletedProcess, *parts: str):
     """Exit code 2, and a last line on stderr that begins with "error: " and has these parts; no traceback."""
     assert result.returncode == 2, result.stderr

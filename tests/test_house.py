@@ -35,6 +35,7 @@ ORDER = [
     "evaluate",
     "report",
     "perplexity",
+    "card",
     "options",
     "plot",
     "train",

@@ -1,5 +1,6 @@
 """The files of a model, from a folder and from a Hub on this machine: they work, or one line says why not."""
 
+import base64
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from helpers import (
     ROOT,
     TOKENIZER,
     assert_refused,
+    assert_refused_at_once,
     assert_same_end,
     flip_a_bit,
     folder_of,
@@ -29,12 +31,15 @@ from helpers import (
     small_qwen,
     small_tokenizer,
     succeed,
+    table_of,
     tokens,
     works,
     write_shard,
 )
+from huggingface_hub import metadata_load
 from tokenizers import Tokenizer
 
+from checkpoint import read_checkpoint
 from files import UserError
 from hub import load_tokenizer
 from patch import load_run
@@ -61,6 +66,28 @@ class Hub(ThreadingHTTPServer):
             "no_proxy": "127.0.0.1",
         }
 
+    def take(self, path: str, body: bytes) -> dict:
+        """Answer one request of `hf upload`. The commit, which is the last of them, has the files."""
+        if path.endswith("/create"):
+            name = json.loads(body)
+            return {"url": f"{self.env['HF_ENDPOINT']}/{name['organization']}/{name['name']}"}
+        if path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            return {"files": [dict(file, uploadMode="regular", shouldIgnore=False) for file in files]}
+        if path.endswith("/commit/main"):
+            repo = path.removeprefix("/api/models/").removesuffix("/commit/main")
+            self.write_files(repo, body)
+            return {"commitUrl": f"{self.env['HF_ENDPOINT']}/{repo}/commit/1", "commitOid": 40 * "1"}
+        return {"errors": [], "warnings": []}  # of the metadata
+
+    def write_files(self, repo: str, commit: bytes):
+        for line in commit.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                path = self.folder / repo / entry["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(entry["value"]["content"]))
+
 
 class Answer(BaseHTTPRequestHandler):
     """The answer to one request to the Hub."""
@@ -72,6 +99,15 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         self.answer(with_body=False)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        content = json.dumps(self.server.take(self.path, body)).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_):
         """The requests are not printed."""
@@ -189,15 +225,6 @@ def test_a_llama_in_one_file_is_fetched_trained_and_found_offline(hub, pretraine
     assert "fetched" not in offline
     assert_same_end(tmp_path / "online", tmp_path / "offline")
 
-    # the run itself as a repository
-    (hub.folder / "someone" / "run").mkdir()
-    shutil.copy(
-        tmp_path / "online" / "step-0000002" / "ouroboros.safetensors", hub.folder / "someone" / "run"
-    )
-    sample = ["sample.py", "someone/run", "--prompt", "doc1", "--max-new-tokens", 3]
-    local = ["sample.py", tmp_path / "online", *sample[2:]]
-    assert succeed(*sample, env=hub.env) == succeed(*local, env=hub.env)
-
 
 @pytest.mark.parametrize("told_by", ["config.json", "the index"])
 def test_quantised_weights_are_refused_before_they_are_fetched(told_by, hub, pretrained):
@@ -270,6 +297,129 @@ def test_a_download_that_breaks_off_is_one_line_and_goes_on_where_it_was(hub):
     assert code == 0
     assert Path(line).read_bytes() == content
     assert large in hub.resumed  # in a new try at once or, with older versions of the client, in the next run
+
+
+# ---- A run as a repository of the Hub --------------------------------------------------------------------
+
+
+def python(code: str, env: dict) -> list[str]:
+    """The lines that a new Python prints, which must end with exit code 0."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"if True:\n{code}"],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_a_run_goes_out_with_its_card_and_comes_in_where_nothing_of_it_was_before(hub, pretrained, tmp_path):
+    (hub.folder / "someone" / "model" / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: some-research\nlicense_link: LICENSE\n---\n"
+    )
+    command = quick_run(pretrained, 2)
+    command[command.index("--model") + 1] = "someone/model"
+    printed = succeed(*command, "--out", tmp_path / "first", env=hub.env)
+
+    upload = re.search(r"hf upload YOU/NAME (.*)\n", printed)[1]
+    hf = [sys.executable, "-m", "huggingface_hub.cli.hf", "upload", "you/run", upload]
+    subprocess.run(hf, env={**os.environ, **hub.env, "HF_TOKEN": "hf_secret"}, check=True)
+    uploaded = hub.folder / "you" / "run"
+    assert {path.name for path in uploaded.iterdir()} == {"README.md", "ouroboros.safetensors"}
+    assert metadata_load(uploaded / "README.md") == {
+        "license": "other",
+        "license_name": "some-research",
+        "license_link": "https://huggingface.co/someone/model/blob/main/LICENSE",
+        "base_model": "someone/model",
+        "base_model_relation": "adapter",
+        "library_name": "ouroboros-from-scratch",
+        "pipeline_tag": "text-generation",
+        "tags": ["ouroboros", "recursive-transformer", "lora"],
+    }
+
+    # What other people may put beside it is not even fetched.
+    for name in ("modeling_ouroboros.py", "pytorch_model.bin", "config.json", "adapter_model.pt"):
+        (uploaded / name).write_bytes(b"raise SystemExit('executed')")
+    hub.requests.clear()
+    elsewhere = {**hub.env, "HF_HOME": str(tmp_path / "elsewhere")}
+    sample = ["--prompt", "doc1", "--max-new-tokens", 3]
+    local = succeed("sample.py", tmp_path / "first", *sample, env=hub.env)
+    assert succeed("sample.py", "you/run", *sample, env=elsewhere) == local
+    assert {path for path in hub.requests if path.startswith("/you")} == {
+        "/you/run/resolve/main/ouroboros.safetensors"
+    }
+    assert any(path.startswith("/someone/model/resolve/main/model-0000") for path in hub.requests)
+
+    code = """
+        import torch
+        from ouroboros import Ouroboros
+        ids = torch.arange(9)[None]
+        print(*Ouroboros.load("{}")(ids).flatten().tolist())"""
+    ours = python(code.format(tmp_path / "first"), hub.env)
+    assert python(code.format("you/run"), {**elsewhere, "HF_HUB_OFFLINE": "1"}) == ours
+
+
+def test_a_run_of_the_hub_is_evaluated_there_and_goes_on_only_in_a_copy(hub, pretrained, tmp_path):
+    out = tmp_path / "first"
+    printed = succeed(*quick_run(pretrained, 2), "--out", out)
+    shutil.copytree(out / "step-0000002", hub.folder / "you" / "run")
+    evaluation = succeed("train.py", "--eval", "you/run", env=hub.env, cwd=tmp_path)
+    assert table_of(evaluation) == table_of(printed)
+    assert not (tmp_path / "you").exists()
+
+    refused = run("train.py", "--resume", "you/run", "--steps", 3, env=hub.env, cwd=tmp_path)
+    fetch = "hf download you/run ouroboros.safetensors --local-dir runs/run"
+    assert_refused_at_once(refused, f"{fetch}, then --resume runs/run")
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    shutil.copy(hub.folder / "you" / "run" / "ouroboros.safetensors", tmp_path / "runs" / "run")
+    succeed("train.py", "--resume", "runs/run", "--steps", 3, cwd=tmp_path)
+    succeed("train.py", "--resume", out, "--steps", 3)
+    tensors, _ = read_checkpoint(tmp_path / "runs" / "run")
+    for name, tensor in read_checkpoint(out)[0].items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+def test_what_is_wrong_with_a_run_of_the_hub_is_one_line_that_helps(hub, pretrained):
+    model = looped(Qwen.from_pretrained(pretrained), depth=2, rank=4)
+    for repo, base in (("whole", "someone/model"), ("damaged", "someone/model"), ("local", "/home/you/base")):
+        model.source = base
+        model.save(hub.folder / "you" / repo)
+    flip_a_bit(hub.folder / "you" / "damaged" / "ouroboros.safetensors", np.random.default_rng(0))
+    model.__class__ = type("Unknown", (type(model),), {})
+    model.save(hub.folder / "you" / "unknown")
+    shutil.copytree(hub.folder / "you" / "whole", hub.folder / "you" / "run" / "step-0000002")
+
+    repos = (
+        "you/whole",
+        "you/damaged",
+        "you/local",
+        "you/unknown",
+        "you/run",
+        "someone/model",
+        "you/missing",
+    )
+    code = f"""
+        from files import UserError
+        from patch import load_run
+        for repo in {repos}:
+            try:
+                print(load_run(repo).source)
+            except UserError as error:
+                print(error)"""
+    whole, damaged, local, unknown, run_folder, base, missing = python(code, hub.env)
+    assert whole == "someone/model"
+    assert "cannot be read as a whole checkpoint" in damaged
+    assert damaged.endswith("hf download you/damaged ouroboros.safetensors --force-download")
+    assert local.startswith("/home/you/base: no such folder here; it held the pretrained model of you/local")
+    assert local.endswith("--model FOLDER or --model HUB_NAME (in Python: base=...)")
+    assert "you/unknown: holds a Unknown, which this program does not know" in unknown
+    for line in (run_folder, base):
+        assert "this Hub repository is no run, for it has no ouroboros.safetensors at its top" in line
+        assert line.endswith("hf upload YOU/NAME runs/NAME/step-N")
+    assert missing.startswith("you/missing: no folder here and no model on the Hub that you may read")
 
 
 # ---- Damage ----------------------------------------------------------------------------------------------

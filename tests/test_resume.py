@@ -296,7 +296,7 @@ def test_a_run_goes_on_with_a_base_that_was_moved_and_not_with_a_changed_one(pre
     )
     assert_refused_at_once(run(*resume), f"{pretrained}: {advice}")
     sample = ["sample.py", tmp_path / "run", "--prompt", "doc1"]
-    assert_refused_at_once(run(*sample), f"{pretrained}: no such folder any more", "--model FOLDER")
+    assert_refused_at_once(run(*sample), f"{pretrained}: no such folder here", "--model FOLDER")
     succeed(*sample, "--model", moved)
     succeed(*resume, "--model", moved)
     assert read_checkpoint(tmp_path / "run")[1]["step"] == 3

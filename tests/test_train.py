@@ -24,6 +24,7 @@ from helpers import (
     small_model,
     small_patched,
     succeed,
+    table_of,
     training_options,
     write_text,
 )
@@ -108,6 +109,14 @@ def test_a_run_ends_with_a_table_and_a_text(finished):
         assert part in finished.printed
 
 
+def test_a_run_ends_with_a_card_beside_its_last_checkpoint_and_says_how_to_share_it(finished):
+    last = finished.out / "step-0000060"
+    assert finished.printed.endswith(f"hf upload YOU/NAME {last}\n")
+    card = (last / "README.md").read_text()
+    for line in table_of(finished.printed):
+        assert "| " + " | ".join(re.split(r"\s{2,}", line)) + " |" in card
+
+
 def test_the_log_has_a_row_for_each_step(finished):
     rows = log_rows(finished.out)
     assert [row["step"] for row in rows] == list(range(1, 61))
@@ -180,13 +189,6 @@ def test_an_evaluation_may_take_another_depth_and_changes_nothing(finished):
     losses = evaluate(partial(model.loss, depth=3), held_out, options.eval_sequences, device)
     assert row.endswith(str(mean_loss(losses)))
     assert everything() == before
-
-
-def table_of(printed: str) -> list[str]:
-    """The lines of the results table."""
-    lines = printed.splitlines()
-    (last,) = (i for i, line in enumerate(lines) if line.startswith("gap recovered"))
-    return lines[last - 4 : last + 1]
 
 
 def test_a_run_ends_with_how_the_three_models_continue_a_held_out_text(finished):
