@@ -98,15 +98,15 @@ def load_tasks(names: list[str], folder=None) -> dict:
     try:
         tasks = manager.load(names)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(
-            f"--tasks {','.join(names)}: cannot be loaded ({type(error).__name__}: {reason}); tasks with files "
-            "that are on this machine can be given with --include"
+            f"--tasks {','.join(names)}: cannot be loaded ({reason}); tasks whose data is on this machine can "
+            "be given with --include"
         ) from error
 
     for name, task in tasks["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise UserError(f"--tasks {name}: runs code that the model writes, or shows pictures; leave it out")
+            raise UserError(f"--tasks {name}: runs code from the model or shows pictures; leave it out")
     return tasks
 
 

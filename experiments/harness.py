@@ -150,9 +150,7 @@ class HarnessModel(TemplateLM):
                     f"only {', '.join(sorted(GENERATION_SETTINGS))} can be set here"
                 )
             ends = [end for end in settings["until"] if end]
-            texts.append(
-                self.continuation(context, ends, settings["max_gen_toks"], settings["temperature"])
-            )
+            texts.append(self.continuation(context, ends, settings["max_gen_toks"], settings["temperature"]))
         return texts
 
     def continuation(self, context: str, ends: list[str], max_new_tokens: int, temperature: float) -> str:
@@ -169,9 +167,7 @@ class HarnessModel(TemplateLM):
         longest = len(prompt) + max_new_tokens
         text = ""
         while ids.shape[1] < longest:
-            ids = self.model.generate(
-                ids, min(STRIDE, longest - ids.shape[1]), temperature, **self.options
-            )
+            ids = self.model.generate(ids, min(STRIDE, longest - ids.shape[1]), temperature, **self.options)
             new_tokens = ids[0, len(prompt) :].tolist()
             text = self.tokenizer.decode(new_tokens, skip_special_tokens=True)
             if new_tokens[-1] in self.model.config.eos_token_id or any(end in text for end in ends):
