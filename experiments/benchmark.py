@@ -76,6 +76,8 @@ def check_options(options):
 
 
 # ---- Tasks -----------------------------------------------------------------------------------------------
+#
+# lm_eval is imported inside the functions, after check_options has seen that it is there.
 
 
 def load_tasks(names: list[str], folder=None) -> dict:
@@ -100,8 +102,8 @@ def load_tasks(names: list[str], folder=None) -> dict:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, DatasetsError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(
-            f"--tasks {','.join(names)}: cannot be loaded ({reason}); tasks whose data is on this machine can "
-            "be given with --include"
+            f"--tasks {','.join(names)}: cannot be loaded ({reason}); tasks whose data is on this machine "
+            "can be given with --include"
         ) from error
 
     for name, task in tasks["tasks"].items():
@@ -190,16 +192,12 @@ def main():
 
     from experiments.harness import HarnessModel
 
-    def measured(name: str, model, **model_options) -> dict:
+    models = {"full": (full, {}), "cut": (looped.cut, {}), "looped": (looped, {"depth": depth})}
+    scores = {}
+    for name, (model, model_options) in models.items():
         print(f"\nthe {name} model", flush=True)
         model = HarnessModel(model, tokenizer, options.max_length, options.batch_size, **model_options)
-        return measure(model, tasks, options.limit)
-
-    scores = {
-        "full": measured("full", full),
-        "cut": measured("cut", looped.cut),
-        "looped": measured("looped", looped, depth=depth),
-    }
+        scores[name] = measure(model, tasks, options.limit)
     print_table(scores)
 
     path = Path(options.out or Path(options.run) / "benchmark.json")

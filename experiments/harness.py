@@ -150,7 +150,8 @@ class HarnessModel(TemplateLM):
                     f"only {', '.join(sorted(GENERATION_SETTINGS))} can be set here"
                 )
             ends = [end for end in settings["until"] if end]
-            texts.append(self.continuation(context, ends, settings["max_gen_toks"], settings["temperature"]))
+            temperature = settings.get("temperature", 0.0)
+            texts.append(self.continuation(context, ends, settings["max_gen_toks"], temperature))
         return texts
 
     def continuation(self, context: str, ends: list[str], max_new_tokens: int, temperature: float) -> str:

@@ -1,15 +1,16 @@
 """lm_eval's view of a model: probabilities and texts as plain torch and lm_eval's own class compute them."""
 
 import json
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     TOKENIZER,
-    assert_refused,
     greedy_without_cache,
     make_pretrained,
-    run,
+    move_trained_weights,
     small_model,
     succeed,
 )
@@ -165,6 +166,16 @@ def test_the_padding_of_a_batch_changes_nothing():
     together = HarnessModel(model, TOKENIZER, batch_size=4).log_probabilities(pairs, disable_tqdm=True)
     for (one, _), (other, _) in zip(alone, together):
         assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_log_probabilities_are_float32_where_the_model_is_not():
+    model = small_model(dtype=torch.bfloat16)
+    prompt = [5, 6, 7]
+    continuation = list(range(20, 60))
+    logits = model(torch.tensor([prompt + continuation]))[0, 2:-1].float()
+    expected = -F.cross_entropy(logits, torch.tensor(continuation), reduction="sum").item()
+    ((answer, _),) = HarnessModel(model, TOKENIZER).log_probabilities([(prompt, continuation)])
+    assert answer == pytest.approx(expected, abs=1e-2)
 
 
 def test_a_text_without_context_follows_the_end_of_another(qwen):
@@ -368,61 +379,60 @@ def test_a_score_without_a_standard_error_is_a_number_alone(qwen, tasks):
 
 
 @pytest.fixture
-def saved(folder, tmp_path):
-    """The folder of a looped model, as train.py saves it."""
-    model = Ouroboros(Qwen.from_pretrained(folder), rank=4, depth=2)
-    model.save(tmp_path / "run")
-    return tmp_path / "run"
+def saved(pretrained):
+    """The folder of a saved model. The pretrained model is in the folder `model` beside it."""
+    model = Ouroboros(Qwen.from_pretrained(pretrained), rank=4, depth=2)
+    move_trained_weights(model, 0.1)
+    model.save(pretrained.parent / "run")
+    return pretrained.parent / "run"
 
 
-def test_the_program_compares_the_three_models(saved, tmp_path):
-    rows = QUESTIONS[:6]
-    (tmp_path / "utils.py").write_text(
-        "from evaluate import load  # the package that lm_eval uses, not the file of this repository\n"
-        "def questions(documents):\n"
-        "    return documents\n"
-    )
-    write_task(
-        tmp_path,
-        "mine",
-        rows,
-        "multiple_choice",
-        doc_to_text="question",
-        doc_to_choice="choices",
-        doc_to_target="answer",
-    )
-    yaml = tmp_path / "mine.yaml"
-    yaml.write_text(yaml.read_text()[:-1] + ', "process_docs": !function utils.questions}')
+def test_the_program_compares_the_three_models(saved, tasks, tmp_path):
+    # A task's own code finds the package `evaluate` of lm_eval, not evaluate.py of this repository.
+    (tmp_path / "code.py").write_text("from evaluate import load\ndef same(documents): return documents\n")
+    task = (tasks / "choice.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(task[:-1] + ', "process_docs": !function code.same}')
 
-    out = succeed("experiments/benchmark.py", saved, "--tasks", "mine", "--include", tmp_path, "--depth", 1)
-    assert out.index("acc") < out.index("\nfull  ") < out.index("\ncut  ") < out.index("\nlooped  ")
+    out = succeed("experiments/benchmark.py", saved, "--tasks", "choice", "--include", tmp_path, "--depth", 1)
+    rows = re.findall(r"^(full|cut|looped) .*", out, re.MULTILINE)
+    assert rows == ["full", "cut", "looped"]
     result = json.loads((saved / "benchmark.json").read_text())
     assert result["depth"] == 1
-    assert list(result["scores"]) == ["full", "cut", "looped"]
 
-    loaded = load_tasks(["mine"], tmp_path)
+    full = Qwen.from_pretrained(saved.parent / "model")
     looped = Ouroboros.load(saved)
-    for name, model in [("cut", looped.cut), ("looped", looped)]:
-        options = {"depth": 1} if name == "looped" else {}
-        expected = measure(HarnessModel(model, TOKENIZER, **options), loaded)
-        assert result["scores"][name]["mine"] == expected["mine"]
-    for name in ("full", "cut", "looped"):
-        score = result["scores"][name]["mine"]["acc"]
-        assert cell(score) in out
+    models = {
+        "full": HarnessModel(full, TOKENIZER),
+        "cut": HarnessModel(looped.cut, TOKENIZER),
+        "looped": HarnessModel(looped, TOKENIZER, depth=1),
+    }
+    loaded = load_tasks(["choice"], tasks)
+    for name, model in models.items():
+        scores = measure(model, loaded)
+        assert result["scores"][name] == scores
+        for score in scores["choice"].values():
+            assert cell(score) in out
+
+
+def refusal(monkeypatch, *arguments) -> str:
+    """The line with which the program refuses a command line."""
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *map(str, arguments)])
+    with pytest.raises(UserError) as caught:
+        benchmark.main()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_what_the_user_can_mend_is_one_line(saved, tmp_path, monkeypatch):
-    def refused(*arguments):
-        return run("experiments/benchmark.py", *arguments)
-
-    assert_refused(refused(tmp_path / "nothing", "--tasks", "piqa"), "nothing")
-    assert_refused(refused(saved, "--tasks", "piqa", "--include", tmp_path / "nothing"), "--include")
-    assert_refused(refused(saved, "--tasks", "piqa", "--limit", 0), "--limit 0")
+    assert str(tmp_path / "none") in refusal(monkeypatch, tmp_path / "none", "--tasks", "piqa")
+    assert "--include" in refusal(monkeypatch, saved, "--tasks", "piqa", "--include", tmp_path / "none")
+    assert "--limit 0" in refusal(monkeypatch, saved, "--tasks", "piqa", "--limit", 0)
+    assert "--max-length -1" in refusal(monkeypatch, saved, "--tasks", "piqa", "--max-length", -1)
 
 
-def test_a_run_that_sees_the_answers_is_refused(folder, tmp_path):
-    Ouroboros(Qwen.from_pretrained(folder), rank=4, pool="sequence").save(tmp_path)
-    assert_refused(run("experiments/benchmark.py", tmp_path, "--tasks", "piqa"), "sees the answers")
+def test_a_run_that_sees_the_answers_is_refused(pretrained, tmp_path, monkeypatch):
+    Ouroboros(Qwen.from_pretrained(pretrained), rank=4, pool="sequence").save(tmp_path)
+    assert "sees the answers" in refusal(monkeypatch, tmp_path, "--tasks", "piqa")
 
 
 def test_a_task_without_its_data_is_refused(tmp_path):
