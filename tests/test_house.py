@@ -24,6 +24,7 @@ ORDER = [
     "saving",
     "ouroboros",
     "patch",
+    "inside",
     "processes",
     "documents",
     "sources",
@@ -34,8 +35,9 @@ ORDER = [
     "plot",
     "train",
     "sample",
+    "look",
 ]
-PROGRAMS = {"train", "sample"}  # these are imported by no file
+PROGRAMS = {"train", "sample", "look"}  # these are imported by no file
 
 
 def imported_by(name: str) -> set[str]:
@@ -101,7 +103,7 @@ def test_a_picture_is_drawn_without_torch():
 
 
 def test_importing_the_programs_brings_no_experiments_matplotlib_or_transformers():
-    modules = modules_after("import qwen, ouroboros, patch, train, sample")
+    modules = modules_after("import qwen, ouroboros, patch, train, sample, look")
     assert "torch" in modules
     for name, file in modules.items():
         assert name.split(".")[0] not in ("experiments", "matplotlib", "transformers", "plot"), name
