@@ -42,6 +42,10 @@ class Prompt(NamedTuple):
     steps: list[Step]
     would_say: list  # [steps][tokens][CHOICES]: the texts of the likeliest next tokens
 
+    def has_diagonals(self) -> bool:
+        """Whether the model has a modulation."""
+        return len(self.steps[0].diagonals) > 0
+
 
 def parse_options():
     parser = ArgumentParser(description="Look inside the loop of a trained run.", usage=SUPPRESS)
@@ -89,6 +93,8 @@ def main():
     for sentence in sentences:
         print(sentence)
     print(f"\n{LEGEND}")
+    if prompts[0].has_diagonals():
+        print(LEGEND_OF_DIAGONALS)
     for number, prompt in enumerate(prompts, start=1):
         print_prompt(f"Prompt {number}", prompt, options.tokens)
     if comparison is not None:
@@ -144,7 +150,7 @@ def compare_prompts(prompts: list[Prompt]) -> Comparison | None:
 
     None for a model without modulation, and for a prompt of one token.
     """
-    if not prompts[0].steps[0].diagonals:
+    if not prompts[0].has_diagonals():
         return None
     if len(prompts) == 2:
         means = [stacked_diagonals(prompt.steps).mean(0) for prompt in prompts]
@@ -157,11 +163,12 @@ def compare_prompts(prompts: list[Prompt]) -> Comparison | None:
 # ---- The sentences ---------------------------------------------------------------------------------------
 
 LEGEND = """\
-would say: the likeliest next tokens if the loop ended after this step, with their probabilities
+would say: the likeliest next tokens if the loop ended after this step, with their probabilities; a long
+  token is cut, and the replacement character stands for a piece of a character
 p(next): the probability of the token that follows in the prompt
-opens: the mean opening of the gate, 1 without a gate; moves: how far the state moves, relative to its length
-q to down: the root mean square of the Controller's diagonal for each projection
-a long token is cut; the replacement character stands for a piece of a character"""
+opens: the mean opening of the gate, 1 without a gate
+moves: how far the step moves the state, relative to the length of the state"""
+LEGEND_OF_DIAGONALS = "q to down: the root mean square of the diagonal m of each projection"
 
 
 def summary(run: str, prompts: list[Prompt], comparison: Comparison | None) -> list[str]:
@@ -205,7 +212,7 @@ def sentence_on_diagonals(comparison: Comparison, compared: str) -> str:
     of_texts = comparison.between_texts
     of_steps = comparison.between_steps
     if of_texts == 0:
-        sentence = f"The diagonals do not depend on the {compared}"
+        sentence = f"The diagonals of two {compared}s are the same at the same step"
     else:
         sentence = f"The diagonals of two {compared}s differ by {of_texts:.3f} at the same step"
     if of_steps is not None:
@@ -234,7 +241,7 @@ def print_token(prompt: Prompt, i: int):
     print(f"\n{title}")
 
     header = f"step  {'would say':36}  p(next)  opens  moves"
-    if prompt.steps[0].diagonals:
+    if prompt.has_diagonals():
         header += "".join(f"{name:>6}" for name in NAMES)
     print(header)
     for t, step in enumerate(prompt.steps):
@@ -299,7 +306,7 @@ def page_data(sentences: list[str], prompts: list[Prompt], comparison: Compariso
     """What the page shows, as JSON values."""
     data = {
         "summary": sentences,
-        "projections": NAMES if prompts[0].steps[0].diagonals else [],
+        "projections": NAMES if prompts[0].has_diagonals() else [],
         "prompts": [prompt_data(prompt) for prompt in prompts],
         "compared": what_is_compared(prompts),
         "comparison": None,

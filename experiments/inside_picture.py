@@ -50,6 +50,18 @@ def mean_diagonals(run: Path) -> torch.Tensor:
     return torch.stack(means)
 
 
+def directions(diagonals, share=0.99) -> int:
+    """How many directions hold this share of the squares of all diagonals [N, steps, 7, r].
+
+    All entries of all diagonals of a text and step are one vector here. If they only grow and shrink
+    together, one direction holds everything.
+    """
+    vectors = diagonals.flatten(2).flatten(0, 1)  # [N * steps, 7 * r]
+    squares = torch.linalg.svdvals(vectors.double()).square()
+    shares = squares.cumsum(0) / squares.sum()
+    return int((shares < share).sum()) + 1
+
+
 def draw(comparison: Comparison, path: Path):
     """Two panels with a row for each step and a column for each projection, in the same shades of grey."""
     figure = Figure(figsize=(9, 1.4 + 0.32 * len(comparison.size)), layout="constrained")
@@ -75,11 +87,14 @@ def main():
             "give a run and a picture: python experiments/inside_picture.py RUN OUT.png (or OUT.svg)"
         )
     run, path = Path(sys.argv[1]), Path(sys.argv[2])
-    comparison = compare(mean_diagonals(run))
+    diagonals = mean_diagonals(run)
+    comparison = compare(diagonals)
     draw(comparison, path)
     print(f"{path}: two texts differ by {comparison.between_texts:.3f} at the same step")
     if comparison.between_steps is not None:
         print(f"two steps differ by {comparison.between_steps:.3f} for the same text")
+    entries = diagonals[0, 0].numel()
+    print(f"{directions(diagonals)} of {entries} directions hold 99% of the diagonals' squares")
 
 
 if __name__ == "__main__":
