@@ -33,7 +33,7 @@ from inside import compare, look_inside, stacked_diagonals
 from ouroboros import LoopCache
 from qwen import Qwen, rotary_at
 
-HOSTILE = "</script><script>alert(1)</script><!--<script>"
+HOSTILE = "</script><script>alert(1)</script><!--<script>"  # some vocabularies have a whole tag in a token
 
 
 def prompt_of(text: str, depth=None, **settings) -> look.Prompt:
@@ -160,6 +160,16 @@ def test_a_static_table_gives_every_text_the_same_diagonals_and_a_controller_doe
         assert comparison.between_steps > 0.01
 
 
+def test_two_prompts_are_compared_by_the_means_of_their_tokens():
+    prompts = [prompt_of("one text"), prompt_of("another text, which is longer")]
+    means = []
+    for prompt in prompts:
+        of_steps = [step.diagonals["v_proj"].mean(0) for step in prompt.steps]
+        means.append(torch.stack(of_steps))
+    expected = (means[0] - means[1]).square().mean(-1).sqrt()
+    assert torch.allclose(look.compare_prompts(prompts).difference[:, 2], expected, rtol=1e-4)
+
+
 def test_with_one_step_there_are_no_steps_to_compare_and_without_diagonals_nothing():
     one_step = [prompt_of("one text", depth=1)]
     comparison = look.compare_prompts(one_step)
@@ -222,6 +232,12 @@ def test_the_sentence_counts_the_tokens_whose_first_prediction_is_the_last_one()
 # ---- The page --------------------------------------------------------------------------------------------
 
 
+def hostile_prompt() -> look.Prompt:
+    """A prompt each of whose tokens would leave the element that holds it."""
+    prompt = prompt_of("a text")
+    return prompt._replace(tokens=[HOSTILE] * len(prompt.tokens))
+
+
 def page_of(folder: Path, *prompts: look.Prompt) -> str:
     """The page of these prompts."""
     comparison = look.compare_prompts(prompts)
@@ -249,12 +265,12 @@ def test_the_page_asks_nobody_for_anything(tmp_path):
     assert "default-src 'none'" in page
 
 
-def test_a_prompt_cannot_leave_its_place_in_the_page(tmp_path):
-    page = page_of(tmp_path, prompt_of(HOSTILE))
+def test_a_text_cannot_leave_its_place_in_the_page(tmp_path):
+    page = page_of(tmp_path, hostile_prompt())
     template = (ROOT / "look.html").read_text()
     for tag in ("<script", "</script", "<!--"):
         assert page.count(tag) == template.count(tag)
-    assert "".join(data_of(page)["prompts"][0]["tokens"]) == HOSTILE
+    assert data_of(page)["prompts"][0]["tokens"][0] == HOSTILE
     assert "innerHTML" not in template
 
 
@@ -279,7 +295,7 @@ def test_the_page_lies_in_the_folder_of_the_run_or_where_it_is_told(tmp_path):
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
 def test_a_browser_shows_the_page(tmp_path):
-    prompt = prompt_of(HOSTILE)
+    prompt = hostile_prompt()
     page_of(tmp_path, prompt, prompt_of("another text"))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/user"]
     command += ["--dump-dom", f"file://{tmp_path}/look.html"]
@@ -290,6 +306,7 @@ def test_a_browser_shows_the_page(tmp_path):
     assert shown.count('role="option"') == len(prompt.tokens) + len(TOKENIZER.encode("another text").ids)
     assert shown.count("<table") == 3 + 3  # of the chosen token, and of the comparison
     assert "<script" not in shown
+    assert "&lt;/script&gt;" in shown
 
 
 # ---- The program -----------------------------------------------------------------------------------------
