@@ -1,9 +1,8 @@
 """What happens inside the loop: for each step and each token of a text, the values of one forward pass.
 
 A step is described by what the model would predict if the loop ended there (through the coda and the head),
-by how far the gate opens, by how far the state moves, and by the Controller's diagonals. look.py shows the
-values of a prompt. They are those of Ouroboros.step_values; nothing is computed in another way than in
-Ouroboros.hidden.
+by how far the gate opens, by how far the state moves, and by the Controller's diagonals. look.py shows these
+values for a prompt. They come from the parts of Ouroboros.hidden, which each_step calls in the same order.
 """
 
 from typing import NamedTuple

@@ -126,9 +126,10 @@ def read_prompt(model, tokenizer, text: str, options) -> Prompt:
     tokens = [text_of(tokenizer, token) for token in ids[-PAGE_TOKENS:]]
     would_say = []
     for step in steps:
-        would_say.append(
-            [[text_of(tokenizer, token) for token in choices] for choices in step.likeliest.tolist()]
-        )
+        of_step = []
+        for choices in step.likeliest.tolist():
+            of_step.append([text_of(tokenizer, token) for token in choices])
+        would_say.append(of_step)
     return Prompt(tokens, len(ids) - len(tokens), steps, would_say)
 
 

@@ -28,6 +28,7 @@ from helpers import (
 )
 
 import look
+from experiments.inside_picture import directions, draw
 from files import UserError
 from inside import compare, look_inside, stacked_diagonals
 from ouroboros import LoopCache
@@ -355,3 +356,20 @@ def test_an_empty_prompt_and_a_model_without_numbers_are_refused():
     options = Namespace(run="RUN", depth=None)
     with pytest.raises(UserError, match="step 2 of the loop gives values that are not finite"):
         look.read_prompt(model, TOKENIZER, "!!", options)
+
+
+# ---- The picture of RESULTS.md ---------------------------------------------------------------------------
+
+
+def test_diagonals_that_only_grow_and_shrink_together_have_one_direction():
+    together = torch.randn(5, 3, 1, 1) * torch.randn(7, 4)  # texts, steps, projections, rank
+    assert directions(together) == 1
+    independent = torch.zeros(5, 3, 7, 4)
+    independent[0, 0, 0, 0] = independent[1, 1, 1, 1] = independent[2, 2, 2, 2] = 1
+    assert directions(independent) == 3
+    assert directions(independent, share=0.5) == 2
+
+
+def test_the_picture_is_drawn_from_a_comparison(tmp_path):
+    draw(compare(torch.randn(4, 3, 7, 5)), tmp_path / "inside.png")
+    assert (tmp_path / "inside.png").read_bytes().startswith(b"\x89PNG")
