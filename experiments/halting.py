@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from data import Batches
 from device import promote
 from estimates import paired_difference
-from ouroboros import LoopCache, Ouroboros
-from qwen import rotary_at
+from inside import each_step
+from ouroboros import Ouroboros
 
 # In nats: the Kullback-Leibler divergence of two successive predictions below which a token stops.
 THRESHOLDS = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -24,13 +24,8 @@ THRESHOLDS = (0.003, 0.01, 0.03, 0.1, 0.3)
 @torch.no_grad()
 def predictions_by_depth(model: Ouroboros, ids, depth: int) -> list:
     """log p [B, T, V] of the next token, where the loop ends after 1, 2, .. `depth` steps."""
-    rotary = rotary_at(model.config, 0, ids.shape[1], ids.device)
-    no_cache = LoopCache([None] * len(model.prelude), [None] * depth, [None] * len(model.coda))
-    h = model.run_prelude(model.embed_tokens(ids), rotary, no_cache)
     predictions = []
-    for t in range(depth):
-        h = model.loop_step(h, t, rotary)
-        hidden = model.norm(model.run_coda(h, rotary, no_cache))
+    for _, _, hidden in each_step(model, ids, depth):
         logits = promote(F.linear(hidden, model.head_weight))
         predictions.append(logits.log_softmax(-1))
     return predictions

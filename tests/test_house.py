@@ -27,6 +27,7 @@ ORDER = [
     "saving",
     "ouroboros",
     "patch",
+    "inside",
     "processes",
     "documents",
     "sources",
@@ -40,8 +41,9 @@ ORDER = [
     "plot",
     "train",
     "sample",
+    "look",
 ]
-PROGRAMS = {"train", "sample"}  # these are imported by no file
+PROGRAMS = {"train", "sample", "look"}  # these are imported by no file
 
 
 def imported_by(name: str) -> set[str]:
@@ -108,7 +110,7 @@ def test_what_only_reads_the_losses_of_runs_starts_without_torch(program):
 
 
 def test_importing_the_programs_brings_no_experiments_matplotlib_or_transformers():
-    modules = modules_after("import qwen, ouroboros, patch, train, sample")
+    modules = modules_after("import qwen, ouroboros, patch, train, sample, look")
     assert "torch" in modules
     for name, file in modules.items():
         assert name.split(".")[0] not in ("experiments", "matplotlib", "transformers", "plot"), name
