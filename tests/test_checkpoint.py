@@ -180,7 +180,7 @@ def test_a_base_is_recognised_when_its_files_are_spread_another_way(base, tmp_pa
 def test_a_model_whose_base_was_in_no_file_is_loaded_with_a_base_that_is_named(base, tmp_path):
     model = small_model()
     model.save(tmp_path / "run")
-    with pytest.raises(UserError, match="was not loaded from files; give the folder .* --model FOLDER"):
+    with pytest.raises(UserError, match="was not loaded from files; say where .* --model FOLDER"):
         Ouroboros.load(tmp_path / "run")
     assert torch.equal(Ouroboros.load(tmp_path / "run", base=base)(tokens()), model(tokens()))
 
