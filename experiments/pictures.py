@@ -10,7 +10,7 @@ from files import replace_file
 from plot import write_beside
 
 # The colours get darker from the first to the last and the markers differ, for pictures that are grey.
-COLORS = ("#e69f00", "#d55e00", "#009e73", "#0057a8", "black")
+COLORS = ("#c88a00", "#d55e00", "#009e73", "#0057a8", "black")
 MARKERS = "osD^v"
 SYMBOLS = "●■◆▲▼"  # the markers as text
 
