@@ -69,7 +69,7 @@ def draw(comparison: Comparison, path: Path):
     titles = ("Mean of the texts", "Difference of two texts")
     top = comparison.size.max().item()
     for axes, title, table in zip(panels, titles, (comparison.size, comparison.difference)):
-        axes.imshow(table, cmap="Greys", vmin=0, vmax=top, aspect="auto")
+        axes.imshow(table.numpy(), cmap="Greys", vmin=0, vmax=top, aspect="auto")
         for t, row in enumerate(table.tolist()):
             for k, value in enumerate(row):
                 color = "white" if value > 0.55 * top else "black"
