@@ -196,6 +196,15 @@ def model_names(model: Ouroboros, depth: int) -> dict[str, str]:
     }
 
 
+def announce_next(run: Path, last: Path):
+    """Print where a run is that has ended, and what can be done with it. last: its newest checkpoint."""
+    place = shlex.quote(str(run))
+    print(f"\nAll of it is in {run}.")
+    print(f'To continue a prompt:      python sample.py {place} --compare --prompt "..."')
+    print(f'To look inside the loop:   python look.py {place} --prompt "..."')
+    print(f"To share it on the Hub:    hf upload YOU/NAME {shlex.quote(str(last))}")
+
+
 def print_skipped_steps(log: list[dict]):
     """Print how many of a run's steps were skipped, if there are any."""
     skipped = sum(row["loss"] is None for row in log)

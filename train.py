@@ -51,6 +51,7 @@ from qwen import Config, Qwen
 from report import (
     announce_download,
     announce_evaluation,
+    announce_next,
     announce_stop,
     announce_time,
     print_parameters,
@@ -179,10 +180,7 @@ def main():
         save_continuations(options.out, {"ouroboros": model}, columns["held-out"], device)
         print_continuations(options.out, model.depth)
         draw_picture(options.out)
-        place = shlex.quote(str(options.out))
-        print(f'\nAll of it is in {options.out}. Write on: python sample.py {place} --prompt "..."')
-        last = shlex.quote(str(step_folder(options.out, options.steps)))
-        print(f"To share it, with the model card there: hf upload YOU/NAME {last}")
+        announce_next(options.out, step_folder(options.out, options.steps))
 
 
 # ---- The training loop -----------------------------------------------------------------------------------
