@@ -31,7 +31,6 @@ from patch import Patched
 from presets import PRESETS
 
 TABLE_RATES = (10, 30, 100, 300)  # of the static table, in common learning rates
-BEST_TABLE_RATES = (30, 100)  # which have as many seeds as the Controller; the others have one
 PUBLISHED_OBJECTIVE = ("--target-offset", "2", "--pool", "sequence")
 ALTERNATIVES = ("matrix", "lora", "lora one")  # the kinds of Alternative
 
@@ -131,54 +130,54 @@ def all_runs(central: bool) -> dict[str, Run]:
 
 
 def add_tiny_runs(runs: RunList):
-    """The runs on the built-in model. They take about an hour and a half on two cores."""
-    for depth in (1, 8):
-        add_controller_against_static(runs, depth, seeds=3)
-        add_norms(runs, depth, seeds=3)
+    """The runs on the built-in model. They take about an hour on two cores."""
+    add_controller_against_static(runs, 1, seeds=3, best_rates=(30, 100))
+    add_norms(runs, 1, seeds=3)
+    add_controller_against_static(runs, 8, seeds=2, best_rates=(30, 100))
+    runs.add("depth4 controller", *at_depth(4), first_measures=(BY_DEPTH,))
     add_patches(runs, seeds=3)
-    add_adapted_full_model(runs, seeds=3)
-    add_loops(runs, (4, 8), seeds=2)
-    runs.add("drawn depth", *at_depth(8), model_class=DrawnDepth, seeds=2, first_measures=(BY_DEPTH, HALTING))
-    runs.add("depth4 controller", *at_depth(4), seeds=3, first_measures=(BY_DEPTH,))
-    runs.add("depth16 controller", *at_depth(16), measures=(BY_DEPTH,))
-    add_released(runs, seeds=2)
+    add_adapted_full_model(runs, seeds=1)
+    add_norms(runs, 8, seeds=1)
+    add_loops(runs, (4, 8), seeds=1)
+    runs.add("drawn depth", *at_depth(8), model_class=DrawnDepth, measures=(BY_DEPTH, HALTING))
+    add_released(runs, seeds=1)
     runs.add("depth8 published objective", *at_depth(8), *PUBLISHED_OBJECTIVE, measures=(OBJECTIVE,))
     for depth in (1, 8):
-        add_bases(runs, depth, seeds=2)
-    add_ablations(runs, 8, seeds=2)
+        add_bases(runs, depth, seeds=1)
+    add_ablations(runs, 8, seeds=1)
     add_ranks_and_rates(runs, 8)
     for bias in (-4.0, 0.0):
         name = f"depth8 gate bias {bias:.0f}"
         runs.add(name, *at_depth(8), model_class=GateStart, gate_bias=bias)
-    runs.add("depth1 sized norm by channel", *sized_norm(1), model_class=SizedStepNorm, size="channel")
     add_parts_of_the_patch(runs)
     add_alternatives(runs)
-    add_long_controller(runs, 8, times_steps=4)
-    add_long_released(runs, times_steps=4)
     add_long_patch(runs, times_steps=4, seeds=1)
+    add_long_released(runs, times_steps=4)
+    runs.add("depth16 controller", *at_depth(16), measures=(BY_DEPTH,))
 
 
 def add_central_runs(runs: RunList):
     """The runs on a larger model, where each takes minutes. Most have depth 1."""
     add_long_patch(runs, times_steps=10, seeds=3)
-    add_controller_against_static(runs, 1, seeds=2)
+    add_controller_against_static(runs, 1, seeds=2, best_rates=(30, 100, 300))
     add_adapted_full_model(runs, seeds=1)
-    add_norms(runs, 1, seeds=1)
-    add_ablations(runs, 1, seeds=1)
     add_patches(runs, seeds=1)
     runs.add("depth4 controller", *at_depth(4), measures=(BY_DEPTH,))
+    add_norms(runs, 1, seeds=1)
+    add_ablations(runs, 1, seeds=1)
     add_long_controller(runs, 1, times_steps=10)
     add_ranks_and_rates(runs, 1)
     add_bases(runs, 1, seeds=1)
-    add_released(runs, seeds=1)
-    add_loops(runs, (4,), seeds=1)
 
 
 # ---- The paper's claims ----------------------------------------------------------------------------------
 
 
-def add_controller_against_static(runs: RunList, depth: int, seeds: int):
-    """The Controller, with its own input and with others, and the static table at several rates."""
+def add_controller_against_static(runs: RunList, depth: int, seeds: int, best_rates: tuple):
+    """The Controller, with its own input and with others, and the static table at several rates.
+
+    best_rates: those of the table's rates that have as many seeds as the Controller; the others have one.
+    """
     options = at_depth(depth)
     name = f"depth{depth}"
     runs.add(
@@ -196,7 +195,7 @@ def add_controller_against_static(runs: RunList, depth: int, seeds: int):
             *options,
             "--modulation",
             "static",
-            seeds=seeds if rate in BEST_TABLE_RATES else 1,
+            seeds=seeds if rate in best_rates else 1,
             optimizer={"table_rate": float(rate)},
             first_measures=(TASKS,),
         )

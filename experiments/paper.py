@@ -1,7 +1,7 @@
 """Measure the paper's claims: python experiments/paper.py
 
 The program trains every configuration of experiments/configurations.py on the built-in model, two at a
-time. That takes about an hour and a half on two cores. An interrupted program continues where it was
+time. That takes about an hour on two cores. An interrupted program continues where it was
 stopped. The results are written to experiments/results/tiny: a JSON file for each run with its options and
 the loss of each sequence, then claims.md, tables.md and the pictures.
 
