@@ -39,7 +39,7 @@ class Summary(NamedTuple):
     def total_error(self) -> float:
         """The standard error of the mean from both sources."""
         spread = self.assumed_spread if self.spread is None else self.spread
-        return math.sqrt(self.error**2 + spread**2 / self.seeds)
+        return math.sqrt(self.error**2 + spread**2 / max(1, self.seeds))
 
     def __str__(self) -> str:
         spread = "" if self.spread is None else f" ({self.spread:.3f})"
@@ -187,6 +187,8 @@ def summary(seeds: list[list[float]], estimate) -> Summary:
 
     seeds: for each seed, one number for each sequence. estimate(numbers) -> Estimate
     """
+    if not seeds:  # of a difference between systems without a seed in common
+        return Summary(math.nan, math.nan, None, 0)
     averaged = [sum(numbers) / len(numbers) for numbers in zip(*seeds, strict=True)]
     whole = estimate(averaged)
     spread = None
