@@ -152,8 +152,6 @@ def add_tiny_runs(runs: RunList):
     add_parts_of_the_patch(runs)
     add_alternatives(runs)
     add_long_patch(runs, times_steps=4, seeds=1)
-    add_long_released(runs, times_steps=4)
-    runs.add("depth16 controller", *at_depth(16), measures=(BY_DEPTH,))
 
 
 def add_central_runs(runs: RunList):
@@ -163,11 +161,11 @@ def add_central_runs(runs: RunList):
     add_adapted_full_model(runs, seeds=1)
     add_patches(runs, seeds=1)
     runs.add("depth4 controller", *at_depth(4), measures=(BY_DEPTH,))
-    add_norms(runs, 1, seeds=1)
+    runs.add("depth1 sized norm", *sized_norm(1), model_class=SizedStepNorm)
     add_ablations(runs, 1, seeds=1)
-    add_long_controller(runs, 1, times_steps=10)
-    add_ranks_and_rates(runs, 1)
+    add_long_controller(runs, 1, times_steps=4)
     add_bases(runs, 1, seeds=1)
+    add_ranks_and_rates(runs, 1)
 
 
 # ---- The paper's claims ----------------------------------------------------------------------------------
@@ -202,8 +200,9 @@ def add_controller_against_static(runs: RunList, depth: int, seeds: int, best_ra
     runs.add(f"{name} zero input", *options, model_class=ZeroInput, seeds=seeds)
     runs.add(f"{name} mean input", *options, model_class=MeanInput)
     runs.add(f"{name} token input", *options, model_class=TokenInput, seeds=seeds, measures=(SWAP,))
-    runs.add(f"{name} window input", *options, model_class=WindowInput, measures=(SWAP,))
-    runs.add(f"{name} sequence input", *options, "--pool", "sequence", measures=(SWAP,))
+    if depth == 1:
+        runs.add(f"{name} window input", *options, model_class=WindowInput, measures=(SWAP,))
+        runs.add(f"{name} sequence input", *options, "--pool", "sequence", measures=(SWAP,))
 
 
 def add_bases(runs: RunList, depth: int, seeds: int):
@@ -253,18 +252,6 @@ def add_long_controller(runs: RunList, depth: int, times_steps: int):
     """The paper's system for longer, beside the patch trained for as long."""
     name = f"long depth{depth} controller"
     runs.add(name, *at_depth(depth), times_steps=times_steps, measures=(OBJECTIVE, CURVE))
-
-
-def add_long_released(runs: RunList, times_steps: int):
-    """The released system for longer, to see whether it gains anything later."""
-    runs.add(
-        "long released",
-        *released_options(),
-        model_class=Released,
-        optimizer={"constant_rate": True},
-        times_steps=times_steps,
-        measures=(OBJECTIVE, CURVE),
-    )
 
 
 # ---- Yardsticks, and past the paper ----------------------------------------------------------------------
