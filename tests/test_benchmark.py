@@ -249,7 +249,7 @@ def test_a_text_is_the_greedy_one_up_to_the_first_end_string(qwen):
     assert END not in ids
     text = TOKENIZER.decode(ids)
     model = HarnessModel(qwen, TOKENIZER)
-    assert generated(model, "the software", max_gen_toks=50) == text
+    assert generated(model, "the software", max_gen_toks=50, until=[""]) == text  # which ends nothing
 
     early, late = text[8:11], text[20:22]
     expected = min(text.split(early)[0], text.split(late)[0], key=len)
@@ -268,12 +268,17 @@ def test_a_text_that_the_model_has_ended_is_not_continued(qwen, monkeypatch):
 
 
 def test_a_context_leaves_room_for_the_text(qwen):
-    model = HarnessModel(qwen, TOKENIZER, max_length=12)
-    prompt = torch.tensor([encode(" ".join(WORDS))[-8:]])
-    expected = TOKENIZER.decode(greedy_without_cache(qwen, prompt, 4)[0, 8:].tolist())
-    assert generated(model, " ".join(WORDS), max_gen_toks=4) == expected
-    with pytest.raises(UserError, match="--max-length 12"):
-        generated(model, "the", max_gen_toks=12)
+    def continued(prompt: list[int]) -> str:
+        ids = greedy_without_cache(qwen, torch.tensor([prompt]), 40)
+        return TOKENIZER.decode(ids[0, len(prompt) :].tolist())
+
+    context = " ".join(WORDS)
+    tokens = encode(context)
+    assert continued(tokens) != continued(tokens[-5:])
+    model = HarnessModel(qwen, TOKENIZER, max_length=45)
+    assert generated(model, context, max_gen_toks=40) == continued(tokens[-5:])
+    with pytest.raises(UserError, match="--max-length 45"):
+        generated(model, context, max_gen_toks=45)
 
 
 def test_a_way_of_generating_that_is_not_known_is_refused(qwen):
