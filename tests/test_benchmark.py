@@ -235,6 +235,13 @@ def test_a_continuation_that_cannot_be_scored_is_refused(qwen, continuation):
         model.log_probabilities([([5], continuation)], disable_tqdm=True)
 
 
+def test_a_model_without_finite_logits_is_refused():
+    model = small_model()
+    model.norm.weight.data[0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        HarnessModel(model, TOKENIZER).log_probabilities([([5], [6])], disable_tqdm=True)
+
+
 # ---- Texts -----------------------------------------------------------------------------------------------
 
 
