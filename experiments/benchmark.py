@@ -153,7 +153,8 @@ def finite(value) -> float | None:
 
 def cell(score: dict) -> str:
     """A score with its standard error, or without one where there is none."""
-    value, stderr = score["value"], score["stderr"]
+    value = score["value"]
+    stderr = score["stderr"]
     if value is None:
         return "not finite"
     form = ".3f" if abs(value) < 10_000 else ".2e"

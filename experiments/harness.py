@@ -9,6 +9,8 @@ exceptions: log probabilities are always float32, and a text without a context f
 document in training, <|endoftext|>, which is the first token of a text for the base models of Qwen2.5 too.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM
@@ -83,7 +85,10 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def answer(self, pairs) -> list[tuple[float, bool]]:
-        """The same for one batch. Raises UserError for a continuation that is empty or too long."""
+        """The same for one batch.
+
+        Raises UserError for a continuation that is empty or too long, and for a model without finite logits.
+        """
         inputs = []
         for context, continuation in pairs:
             if not 0 < len(continuation) <= self.max_length:
@@ -106,9 +111,11 @@ class HarnessModel(TemplateLM):
             predicting = h[i, end - len(continuation) : end]  # the head reads no other state
             logits = promote(F.linear(predicting, self.model.head_weight))  # [tokens, V]
             targets = torch.tensor(continuation, device=self.device)
-            loss = F.cross_entropy(logits, targets, reduction="sum")
+            loss = F.cross_entropy(logits, targets, reduction="sum").item()
+            if not math.isfinite(loss):  # the choice of an answer would mean nothing
+                raise UserError("the logits are not finite; try --dtype float32, or a checkpoint, RUN/step-N")
             likeliest = bool((logits.argmax(-1) == targets).all())
-            answers.append((-loss.item(), likeliest))
+            answers.append((-loss, likeliest))
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:

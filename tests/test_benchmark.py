@@ -235,6 +235,13 @@ def test_a_continuation_that_cannot_be_scored_is_refused(qwen, continuation):
         model.log_probabilities([([5], continuation)], disable_tqdm=True)
 
 
+def test_a_model_without_finite_logits_is_refused():
+    model = small_model()
+    model.norm.weight.data[0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        HarnessModel(model, TOKENIZER).log_probabilities([([5], [6])], disable_tqdm=True)
+
+
 # ---- Texts -----------------------------------------------------------------------------------------------
 
 
@@ -249,7 +256,7 @@ def test_a_text_is_the_greedy_one_up_to_the_first_end_string(qwen):
     assert END not in ids
     text = TOKENIZER.decode(ids)
     model = HarnessModel(qwen, TOKENIZER)
-    assert generated(model, "the software", max_gen_toks=50) == text
+    assert generated(model, "the software", max_gen_toks=50, until=[""]) == text  # which ends nothing
 
     early, late = text[8:11], text[20:22]
     expected = min(text.split(early)[0], text.split(late)[0], key=len)
@@ -268,12 +275,17 @@ def test_a_text_that_the_model_has_ended_is_not_continued(qwen, monkeypatch):
 
 
 def test_a_context_leaves_room_for_the_text(qwen):
-    model = HarnessModel(qwen, TOKENIZER, max_length=12)
-    prompt = torch.tensor([encode(" ".join(WORDS))[-8:]])
-    expected = TOKENIZER.decode(greedy_without_cache(qwen, prompt, 4)[0, 8:].tolist())
-    assert generated(model, " ".join(WORDS), max_gen_toks=4) == expected
-    with pytest.raises(UserError, match="--max-length 12"):
-        generated(model, "the", max_gen_toks=12)
+    def continued(prompt: list[int]) -> str:
+        ids = greedy_without_cache(qwen, torch.tensor([prompt]), 40)
+        return TOKENIZER.decode(ids[0, len(prompt) :].tolist())
+
+    context = " ".join(WORDS)
+    tokens = encode(context)
+    assert continued(tokens) != continued(tokens[-5:])
+    model = HarnessModel(qwen, TOKENIZER, max_length=45)
+    assert generated(model, context, max_gen_toks=40) == continued(tokens[-5:])
+    with pytest.raises(UserError, match="--max-length 45"):
+        generated(model, context, max_gen_toks=45)
 
 
 def test_a_way_of_generating_that_is_not_known_is_refused(qwen):
@@ -390,10 +402,11 @@ def saved(pretrained):
 def test_the_program_compares_the_three_models(saved, tasks, tmp_path):
     # A task's own code finds the package `evaluate` of lm_eval, not evaluate.py of this repository.
     (tmp_path / "code.py").write_text("from evaluate import load\ndef same(documents): return documents\n")
-    task = (tasks / "choice.yaml").read_text()
+    task = (tasks / "last_word.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(task[:-1] + ', "process_docs": !function code.same}')
 
-    out = succeed("experiments/benchmark.py", saved, "--tasks", "choice", "--include", tmp_path, "--depth", 1)
+    options = ["--tasks", "last_word", "--include", tmp_path, "--depth", 1, "--dtype", "float32"]
+    out = succeed("experiments/benchmark.py", saved, *options)
     rows = re.findall(r"^(full|cut|looped) .*", out, re.MULTILINE)
     assert rows == ["full", "cut", "looped"]
     result = json.loads((saved / "benchmark.json").read_text())
@@ -406,12 +419,15 @@ def test_the_program_compares_the_three_models(saved, tasks, tmp_path):
         "cut": HarnessModel(looped.cut, TOKENIZER),
         "looped": HarnessModel(looped, TOKENIZER, depth=1),
     }
-    loaded = load_tasks(["choice"], tasks)
+    loaded = load_tasks(["last_word"], tasks)
+    perplexities = set()
     for name, model in models.items():
-        scores = measure(model, loaded)
-        assert result["scores"][name] == scores
-        for score in scores["choice"].values():
-            assert cell(score) in out
+        score = result["scores"][name]["last_word"]["perplexity"]
+        expected = measure(model, loaded)["last_word"]["perplexity"]
+        assert score["value"] == pytest.approx(expected["value"], rel=1e-3)
+        assert cell(score) in out
+        perplexities.add(cell(score))
+    assert len(perplexities) == 3
 
 
 def refusal(monkeypatch, *arguments) -> str:

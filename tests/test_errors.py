@@ -23,6 +23,7 @@ import train
 from checkpoint import read_checkpoint, step_folder, write_checkpoint
 from data import Batches
 from documents import read_documents
+from experiments import benchmark
 from files import (
     FILE_ERRORS,
     UserError,
@@ -306,3 +307,10 @@ def test_a_wrong_dtype_or_device_says_what_it_is(arguments, kind, tmp_path):
         Ouroboros.load(tmp_path / "run", **arguments)
     with pytest.raises(kind):
         Qwen.from_pretrained(base, **arguments)
+
+
+def test_the_benchmark_says_how_to_install_what_it_needs(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "runs/mine", "--tasks", "piqa"])
+    with pytest.raises(UserError, match="pip install lm-eval==0.4.13"):
+        benchmark.main()
