@@ -56,7 +56,8 @@ def gap_recovered(results: dict, column: str, name="ouroboros") -> Estimate | No
 
 
 def mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
+    """The mean, which is nan where there are no values."""
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def standard_error(values: list[float]) -> float:

@@ -1,6 +1,7 @@
 """evaluate.py: losses on fixed samples of text, those of the baselines measured only once."""
 
 import json
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -171,6 +172,12 @@ def test_the_error_of_a_share_is_that_of_many_samples():
     shares = torch.tensor(shares)
     assert shares.mean().item() == pytest.approx(0.6, abs=0.002)
     assert sum(errors) / len(errors) == pytest.approx(shares.std().item(), rel=0.05)
+
+
+def test_a_single_loss_has_no_error_and_no_loss_has_no_mean():
+    assert str(mean_loss([2.5])) == "2.500"
+    assert gap_recovered(results_of([2.0], [4.0], [3.0]), "held-out").percent() == "50.0%"
+    assert math.isnan(mean_loss([]).mean)
 
 
 def test_a_paired_difference_has_no_error_where_all_sequences_differ_alike():
