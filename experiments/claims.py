@@ -19,8 +19,8 @@ means that the system named first is better. ± is its standard error over the s
 brackets is its standard deviation over the seeds. Both together give the error of the verdict. A difference
 counts as seen if it is larger than two errors. "Better" and "worse" hold if such a difference was seen, and
 do not hold if it was seen the other way. "No better" does not hold if the system was seen to be better. Where
-there is one seed, the deviation over the seeds is taken to be the median of that of all systems with several
-seeds."""
+two systems have one seed in common, the deviation over the seeds is taken to be the median of that of all
+pairs with several."""
 
 SPREAD_OF_PAPER = 0.009  # nats: all configurations of the paper lie within this
 
@@ -154,7 +154,7 @@ def controller_claims(records: Records, depth: int) -> list[Row]:
     inputs = [f"depth{depth} {pool} input" for pool in ("token", "window")]
     best = records.best(inputs)
     if best:
-        rows.append(compare(records, claim, best, "better", f"depth{depth} zero input"))
+        rows.append(compare(records, claim, best, "better", f"depth{depth} mean input"))
     return rows
 
 

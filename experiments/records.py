@@ -5,6 +5,7 @@ its seeds. Two errors belong to it: the standard error over the sequences, where
 each sequence, and the spread, which is the standard deviation over the seeds.
 """
 
+import itertools
 import math
 from functools import cached_property
 from pathlib import Path
@@ -150,11 +151,14 @@ class Records:
 
     @cached_property
     def usual_spread(self) -> float:
-        """The median spread of the held-out losses of all configurations with several seeds, or 0."""
+        """The median spread of the held-out differences of all pairs of systems with several seeds in common,
+        or 0.
+        """
         spreads = []
-        for name in self.configurations:
-            if len(self.values(name)) > 1:
-                spreads.append(self.mean(name).spread)
+        for name, other in itertools.combinations(self.configurations, 2):
+            differences = self.differences(name, other, HELD_OUT, HELD_OUT)
+            if len(differences) > 1 and None not in self.values(other):  # a baseline has no seeds
+                spreads.append(summary(differences, mean_loss).spread)
         return median(spreads) if spreads else 0.0
 
     def difference_of_differences(self, name: str, other: str, name2: str, other2: str) -> Summary:
