@@ -1,7 +1,4 @@
-"""Losses on fixed samples of text:
-
-of the model, of the full model it was cut from, and of the cut model.
-"""
+"""Losses on fixed samples of text: those of the full model, of the cut one and of the looped one."""
 
 import hashlib
 import json

@@ -174,7 +174,7 @@ LEGEND_OF_DIAGONALS = "q to down: the root mean square of the diagonal m of each
 
 def summary(run: str, prompts: list[Prompt], comparison: Comparison | None) -> list[str]:
     """One sentence on the predictions and the state; one on the diagonals, where there are any to compare."""
-    steps = len(prompts[0].steps)
+    depth = len(prompts[0].steps)
     settled = 0
     tokens = 0
     openings = []
@@ -194,9 +194,9 @@ def summary(run: str, prompts: list[Prompt], comparison: Comparison | None) -> l
         f"In {run}, a step of the loop takes over {opening:.0%} of the layer's output on average and moves "
         f"the state by {movement:.0%}"
     )
-    if steps > 1:
+    if depth > 1:
         sentence += (
-            f"; for {settled} of {tokens} tokens, the likeliest next token after the first of {steps} steps "
+            f"; for {settled} of {tokens} tokens, the likeliest next token after the first of {depth} steps "
             "is that after the last"
         )
     sentences = [sentence + "."]

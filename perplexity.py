@@ -87,7 +87,10 @@ def print_perplexities(model: Ouroboros, file: Path, tokenizer, options, device)
 
 
 def windows_of(tokens: Tokens, length: int):
-    """Yield arrays of at most length + 1 tokens that overlap by one: each token is once behind another."""
+    """Yield windows of at most length + 1 tokens, each of which begins with the last token of the one before.
+
+    The first window of a chunk begins with the end-of-text token. So every token is predicted once.
+    """
     i = 0
     while tokens.chunk(i) is not None:
         chunk = np.concatenate([[tokens.end_token], tokens.chunk(i)])

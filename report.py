@@ -1,4 +1,4 @@
-"""What train.py tells before and after training: sizes, times, the results table, a sample of text."""
+"""What train.py tells before and after training: sizes, times, the results table, what to do next."""
 
 import math
 import shlex

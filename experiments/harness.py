@@ -162,7 +162,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def continuation(self, context: str, ends: list[str], max_new_tokens: int, temperature: float) -> str:
-        """The text that follows a context, without the end string and what is behind it."""
+        """The text that follows a context, without the end string and what follows it."""
         if max_new_tokens >= self.max_length:
             raise UserError(
                 f"--max-length {self.max_length}: leaves no room for the {max_new_tokens} tokens that a task "
