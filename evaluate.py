@@ -89,6 +89,7 @@ def evaluate_baselines(
         }
         write_json(path, losses)
 
-    with explaining(path, "read as losses", "delete it, it is then made anew"):
-        losses = read_json(path)
+    advice = "delete it, it is then made anew"
+    with explaining(path, "read as losses", advice):
+        losses = read_json(path, advice)
         return {"full": losses["full"], "cut": losses["cut"]}

@@ -212,7 +212,7 @@ def append_row(run: Path, row: dict):
     line = json.dumps(row, allow_nan=False) + "\n"
     log = run / LOG
     advice = "make room or bring its folder back"
-    with explaining(log, "written", advice, WRITE_ERRORS), open(log, "a") as file:
+    with explaining(log, "written", advice, WRITE_ERRORS), open(log, "a", encoding="utf-8") as file:
         file.write(line)
 
 
@@ -227,8 +227,9 @@ def is_bad(row: dict) -> bool:
 def read_options(run: Path) -> dict:
     """The options of a run. Raises UserError if it has none, or if the file is damaged."""
     path = run / OPTIONS
-    with explaining(path, "read as the options of a run", "give a folder that train.py wrote"):
-        options = read_json(path)
+    advice = "give a folder that train.py wrote"
+    with explaining(path, "read as the options of a run", advice):
+        options = read_json(path, advice)
         options["model"], options["data"], options["steps"]  # KeyError where these are no options
         return options
 
@@ -242,8 +243,9 @@ def read_results(run: Path, steps_done: int) -> dict | None:
     if not path.exists() or steps_done != read_options(run)["steps"]:
         return None
     results = {}
-    with explaining(path, "read as losses", "python train.py --resume RUN writes it again"):
-        saved = read_json(path)
+    advice = "python train.py --resume RUN writes it again"
+    with explaining(path, "read as losses", advice):
+        saved = read_json(path, advice)
         for name in ("full", "cut", "ouroboros"):
             results[name] = {}
             for column in saved[name]:
@@ -251,4 +253,5 @@ def read_results(run: Path, steps_done: int) -> dict | None:
                 if not isinstance(losses, list):  # older runs have the mean
                     losses = [losses]
                 results[name][column] = losses
+            results[name]["held-out"]  # KeyError where it is no file of results
     return results
