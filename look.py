@@ -26,7 +26,7 @@ from hub import load_tokenizer
 from inside import Comparison, Step, compare, look_inside, root_mean_square, stacked_diagonals
 from patch import load_run
 from qwen import PROJECTIONS
-from run_folder import STEP_FOLDER
+from run_folder import output_path
 
 TEMPLATE = Path(__file__).with_name("look.html")
 PLACE_OF_DATA = "DATA_OF_THE_PAGE"  # in the template
@@ -50,7 +50,7 @@ class Prompt(NamedTuple):
 def parse_options():
     parser = ArgumentParser(description="Look inside the loop of a trained run.", usage=SUPPRESS)
     option = parser.add_argument
-    option("run", help="The folder that train.py wrote, such as runs/NAME.")
+    option("run", help="The folder that train.py wrote, such as runs/NAME, or a Hub repository with a run.")
     option(
         "--prompt",
         required=True,
@@ -59,9 +59,9 @@ def parse_options():
         help="The text to read. A second --prompt is compared with the first.",
     )
     option("--tokens", type=int, default=12, help="How many tokens the terminal shows. Default: 12.")
-    option("--page", type=Path, help="The page to write. Default: RUN/look.html.")
+    option("--page", type=Path, help="The page to write. Default: look.html in the folder of the run.")
     option("--depth", type=int, help="Steps of the loop. Default: as trained.")
-    option("--model", help="Where the base model is now, if it was moved since the training.")
+    option("--model", help="Where the base model is now, if it was moved: a folder or a Hub name.")
     option("--device", default="auto", help="cuda, mps or cpu. Default: the first of these that is there.")
     return parser.parse_args()
 
@@ -74,6 +74,8 @@ def check_options(options):
         raise UserError(f"--tokens {options.tokens}: give a whole number from 1 on")
     if options.depth is not None and options.depth < 1:
         raise UserError(f"--depth {options.depth}: give a whole number from 1 on")
+    if options.page is not None and options.page.is_dir():
+        raise UserError(f"--page {options.page}: is a folder; give the name of a file in it")
 
 
 def main():
@@ -292,15 +294,10 @@ def padded(text: str, width: int) -> str:
 
 
 def page_path(options) -> Path:
-    """Where the page is written: into the folder of the run, or here if the run is one of the Hub."""
+    """Where the page is written: at --page, otherwise into the folder of the run."""
     if options.page is not None:
         return options.page
-    folder = Path(options.run)
-    if not folder.is_dir():
-        return Path("look.html")
-    if folder.match(STEP_FOLDER):  # a checkpoint of the run, which a later one may replace
-        folder = folder.parent
-    return folder / "look.html"
+    return output_path(options.run, "look.html")
 
 
 def page_data(sentences: list[str], prompts: list[Prompt], comparison: Comparison | None) -> dict:

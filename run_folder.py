@@ -85,6 +85,19 @@ def holds_checkpoint(folder: Path) -> bool:
     return is_step or (folder / FILE_NAME).exists() or any(folder.glob(STEP_FOLDER))
 
 
+def output_path(run, name: str) -> Path:
+    """Where a program that reads a run writes the file `name`: into the run's folder.
+
+    run: the folder of a run or of one of its checkpoints. For a run of the Hub, the file lies here.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        return Path(name)
+    if folder.match(STEP_FOLDER):  # a checkpoint of the run, which a later one may replace
+        folder = folder.parent
+    return folder / name
+
+
 def no_such_run(folder) -> UserError:
     """The error for a folder without a checkpoint. It lists the runs in the folder or beside it."""
     folder = Path(folder)

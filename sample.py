@@ -92,7 +92,10 @@ def prompts_of(options):
 
 
 def prompts_in(file: Path) -> list[str]:
-    """The documents of a file, each without the line break at its end."""
+    """The documents of a file, each without the line break at its end. Empty ones are left out.
+
+    Raises UserError for a file that is not there, cannot be read or holds no prompt.
+    """
     if not file.is_file() or kind_of(file) is None:
         raise UserError(
             f"--prompt-file {file}: no such file, or not a .txt or .jsonl; name one with a prompt"
@@ -102,8 +105,12 @@ def prompts_in(file: Path) -> list[str]:
     for part, ends in read_documents(file):
         prompt += part
         if ends:
-            prompts.append(prompt.removesuffix("\n"))
+            prompt = prompt.removesuffix("\n")
+            if prompt:  # nothing follows a separator at the end of a file
+                prompts.append(prompt)
             prompt = ""
+    if not prompts:
+        raise UserError(f"--prompt-file {file}: holds no prompt; write one into it")
     return prompts
 
 

@@ -113,7 +113,9 @@ class HarnessModel(TemplateLM):
             targets = torch.tensor(continuation, device=self.device)
             loss = F.cross_entropy(logits, targets, reduction="sum").item()
             if not math.isfinite(loss):  # the choice of an answer would mean nothing
-                raise UserError("the logits are not finite; try --dtype float32, or a checkpoint, RUN/step-N")
+                raise UserError(
+                    "the logits are not finite; try --dtype float32, or an earlier checkpoint, RUN/step-N"
+                )
             likeliest = bool((logits.argmax(-1) == targets).all())
             answers.append((-loss, likeliest))
         return answers
