@@ -26,7 +26,7 @@ def plot_losses(run: Path):
     rows = read_log(run)
     if not rows:
         raise UserError(f"{run}: has taken no step yet; there is nothing to draw")
-    figure = loss_figure(run.name, rows, read_results(run, rows[-1]["step"]))
+    figure = loss_figure(run.resolve().name, rows, read_results(run, rows[-1]["step"]))
     replace_file(run / "loss.png", lambda part: figure.savefig(part, dpi=130, format="png"))
 
 
