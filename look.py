@@ -84,7 +84,7 @@ def main():
     keep_freed_memory()
     device = pick_device(options.device)
     model = load_run(options.run, options.model, pick_dtype("auto", device), device)
-    tokenizer = load_tokenizer(options.model or model.source, model.config.vocab_size)
+    tokenizer = load_tokenizer(model.source, model.config.vocab_size)
 
     prompts = [read_prompt(model, tokenizer, text, options) for text in options.prompts]
     comparison = compare_prompts(prompts)
