@@ -66,7 +66,7 @@ def evaluate_baselines(
     a text and a setting, then kept.
 
     qwen: the full model; None if it is not loaded, then it is loaded here if its losses are not in the
-    cache. The losses of a model that was not loaded from files are not kept.
+    cache. The losses of a model that was not loaded from files are measured each time.
     """
     dtype = model.norm.weight.dtype
     key = {

@@ -213,6 +213,7 @@ def test_sample_continues_a_prompt_with_a_saved_model_at_the_depth_that_is_asked
         ("--temperature", "-1"),
         ("--temperature", "nan"),
         ("--temperature", "inf"),
+        ("--temperature", "1e-40"),
         ("--max-new-tokens", "0"),
         ("--max-new-tokens", "-3"),
         ("--depth", "0"),
