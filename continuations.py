@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data import Batches
-from files import explaining, read_json, write_json
+from files import read_json, write_json
 
 FILE_NAME = "continuations.json"
 PROMPT_TOKENS = 48
@@ -38,8 +38,7 @@ def read_continuations(run: Path) -> dict[str, str]:
     path = run / FILE_NAME
     if not path.exists():
         return {}
-    with explaining(path, "read as continuations", "delete it"):
-        return read_json(path)
+    return read_json(path, "delete it")
 
 
 def print_continuations(run: Path, depth: int):

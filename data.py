@@ -244,10 +244,7 @@ class Batches(Tokens):
         return epoch, i, n
 
     def batch(self, first: int, size: int, device="cpu"):
-        """Sequences first ..
-
-        first+size-1 of the training order: inputs and targets, [size, length] int64 each.
-        """
+        """Sequences first .. first+size-1 of the training order: (inputs, targets), [size, length] each."""
         windows = []
         for n in range(first, first + size):
             epoch, i, place = self.place_of(n)

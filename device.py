@@ -65,10 +65,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 natively:
-
-    CUDA since Ampere, and a CPU that Linux says can.
-    """
+    """Whether the hardware multiplies bfloat16 natively: CUDA since Ampere, and a CPU that Linux says can."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu" and sys.platform == "linux":

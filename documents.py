@@ -206,13 +206,13 @@ class LongLine:
         self.place = 0
 
     def _match(self, pattern) -> str:
-        """What the pattern matches at the place, as far as the buffer goes. The place moves behind it."""
+        """What the pattern matches at the place, as far as the buffer goes. The place moves past it."""
         match = pattern.match(self.buffer, self.place)
         self.place = match.end()
         return match.group()
 
     def _take(self, characters: str) -> str:
-        """The next character that is no space, which has to be one of these. The place moves behind it."""
+        """The next character that is no space, which has to be one of these. The place moves past it."""
         character = self._next()
         if character not in characters:
             raise ValueError(f"{character!r} where one of {characters} belongs")

@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
     def percent(self) -> str:
         if math.isnan(self.error):
             return f"{self.mean:.1%}"
-        return f"{self.mean:.1%} ± {self.error:.1%}".replace("% ±", " ±")
+        return f"{100 * self.mean:.1f} ± {100 * self.error:.1f}%"
 
 
 def mean_loss(losses: list[float]) -> Estimate:
@@ -39,9 +39,10 @@ def paired_difference(losses: list[float], others: list[float]) -> Estimate:
 
 
 def gap_recovered(results: dict, column: str, name="ouroboros") -> Estimate | None:
-    """The share s of the loss between the cut and the full model that the model `name` has recovered.
+    """The share of the loss between the cut and the full model that the model `name` has recovered.
 
-    1 is the full model. None if the full model is no better than the cut one, so that there is no gap.
+    results: {model: {column: the loss of each sequence}}, of the same sequences for all models. 1 is the full
+    model. None if the full model is no better than the cut one, so that there is no gap.
     """
     full = results["full"][column]
     cut = results["cut"][column]

@@ -1,7 +1,4 @@
-"""Losses on fixed samples of text:
-
-of the model, of the full model it was cut from, and of the cut model.
-"""
+"""Losses on fixed samples of text: those of the full model, of the cut one and of the looped one."""
 
 import hashlib
 import json
@@ -44,7 +41,7 @@ def evaluate(loss_of, batches: Batches, sequences: int, device, first=0, name="t
 
 
 def evaluate_columns(
-    loss_of, columns: dict[str, Batches], args, device, name="the model"
+    loss_of, columns: dict[str, Batches], options, device, name="the model"
 ) -> dict[str, list[float]]:
     """{column: losses of the sequences} for each column of the results table. name: what is evaluated.
 
@@ -53,7 +50,7 @@ def evaluate_columns(
     losses = {}
     for column, batches in columns.items():
         bar_name = f"{name}, {column}"
-        losses[column] = evaluate(loss_of, batches, args.eval_sequences, device, name=bar_name)
+        losses[column] = evaluate(loss_of, batches, options.eval_sequences, device, name=bar_name)
         for loss in losses[column]:
             if not math.isfinite(loss):
                 raise UserError(
@@ -63,20 +60,20 @@ def evaluate_columns(
 
 
 def evaluate_baselines(
-    model: Ouroboros, qwen: Qwen | None, columns: dict[str, Batches], args, device
+    model: Ouroboros, qwen: Qwen | None, columns: dict[str, Batches], options, device
 ) -> dict:
     """{"full": {column: losses}, "cut": {column: losses}}, as in evaluate_columns, measured once for a model,
     a text and a setting, then kept.
 
     qwen: the full model; None if it is not loaded, then it is loaded here if its losses are not in the
-    cache. The losses of a model that was not loaded from files are not kept.
+    cache. The losses of a model that was not loaded from files are measured each time.
     """
     dtype = model.norm.weight.dtype
     key = {
         "model": model.fingerprint,
         "cut": [len(model.prelude), model.settings["recurrent"], len(model.coda)],
         "texts": [batches.folder.name for batches in columns.values()],
-        "sample": [args.seq_len, args.eval_sequences],
+        "sample": [options.seq_len, options.eval_sequences],
         "computed in": [device.type, str(dtype)],
     }
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
@@ -87,11 +84,12 @@ def evaluate_baselines(
         if qwen is None:
             qwen = Qwen.from_pretrained(model.source, dtype, device)
         losses = {
-            "full": evaluate_columns(qwen.loss, columns, args, device, "the full model"),
-            "cut": evaluate_columns(model.cut.loss, columns, args, device, "the cut model"),
+            "full": evaluate_columns(qwen.loss, columns, options, device, "the full model"),
+            "cut": evaluate_columns(model.cut.loss, columns, options, device, "the cut model"),
         }
         write_json(path, losses)
 
-    with explaining(path, "read as losses", "delete it, it is then made anew"):
-        losses = read_json(path)
+    advice = "delete it, it is then made anew"
+    with explaining(path, "read as losses", advice):
+        losses = read_json(path, advice)
         return {"full": losses["full"], "cut": losses["cut"]}

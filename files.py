@@ -52,9 +52,9 @@ def explaining(path, action: str, advice="check the name or get the file again",
         raise UserError(f"{path}: cannot be {action} ({type(error).__name__}: {reason}); {advice}") from error
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises UserError if the file holds anything else."""
-    with explaining(path, "read as a JSON object"):
+def read_json(path: Path, advice="check the name or get the file again") -> dict:
+    """The JSON object in a file. Raises UserError if it holds anything else. advice: what to do then."""
+    with explaining(path, "read as a JSON object", advice):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")

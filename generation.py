@@ -8,10 +8,11 @@ from device import promote  # to float32, or float64 if it is that already
 
 @torch.no_grad()
 def new_tokens(model, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, **options):
-    """Yield the tokens that follow prompts of one length, ids [B, T]: [B, 1] for each position.
+    """Yield the next tokens of all prompts, [B, 1] int64, again and again. ids [B, T]: prompts of one length.
 
-    Stops when every text has produced one of the config's end tokens; texts that ended earlier are padded
-    with the first of these. **options are passed on to the model's hidden() and new_cache().
+    Stops after max_new_tokens, or when every text has produced one of the config's end tokens; texts that
+    ended earlier are padded with the first of these. temperature, top_p: see next_token. **options are
+    passed on to the model's hidden() and new_cache().
     """
     ends = torch.tensor(model.config.eos_token_id, dtype=torch.int64, device=ids.device)
     padding = model.config.eos_token_id[0] if model.config.eos_token_id else 0
@@ -34,7 +35,10 @@ def new_tokens(model, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, **op
 
 
 def next_token(logits, temperature: float, top_p: float):
-    """The likeliest token at temperature 0, otherwise one that is drawn. logits [B, V] -> [B, 1]"""
+    """The likeliest token at temperature 0, otherwise one that is drawn. logits [B, V] -> [B, 1]
+
+    It is drawn with torch's random numbers, from the likeliest tokens that together have at least top_p.
+    """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     p = (logits / temperature).softmax(-1)

@@ -70,10 +70,7 @@ def locate(folder_or_repo, filename: str, repo_type="model", required=True) -> P
 
 
 def full_name(folder_or_repo) -> str:
-    """The name of a model that holds in any current folder:
-
-    a folder's absolute path, or the name as it is.
-    """
+    """A name of a model that holds in any current folder: a folder's absolute path, or the name as it is."""
     name = str(folder_or_repo)
     if name not in BUILT_IN and Path(name).is_dir():
         return str(Path(name).resolve())

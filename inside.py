@@ -134,8 +134,8 @@ class Comparison(NamedTuple):
     """How the diagonals of N texts, or of N tokens, differ. Each number is a root mean square.
 
     size: of the mean over the texts. difference: of the difference of two texts, at the same step. ratio:
-    difference / size. between_texts: one number for all of `difference`. between_steps: of the difference
-    of two steps, for the same text; None if there is only one step.
+    difference / size. between_texts: `difference` over all steps and projections together. between_steps:
+    of the difference of two steps, for the same text; None if there is only one step.
     """
 
     size: torch.Tensor  # [steps, 7]
@@ -150,13 +150,13 @@ def compare(diagonals) -> Comparison:
 
     The mean square of the difference of two of N values is twice their variance, so pairs need no loop.
     """
-    N, steps = diagonals.shape[:2]
+    N, depth = diagonals.shape[:2]
     assert N > 1, "one text differs from nothing"
     squared_difference = 2 * diagonals.var(dim=0)  # [steps, 7, r]
     size = root_mean_square(diagonals.mean(0), dim=-1)
     difference = squared_difference.mean(-1).sqrt()
     between_steps = None
-    if steps > 1:
+    if depth > 1:
         between_steps = (2 * diagonals.var(dim=1)).mean().sqrt().item()
     return Comparison(
         size=size,

@@ -26,7 +26,7 @@ from hub import load_tokenizer
 from inside import Comparison, Step, compare, look_inside, root_mean_square, stacked_diagonals
 from patch import load_run
 from qwen import PROJECTIONS
-from run_folder import STEP_FOLDER
+from run_folder import output_path
 
 TEMPLATE = Path(__file__).with_name("look.html")
 PLACE_OF_DATA = "DATA_OF_THE_PAGE"  # in the template
@@ -50,7 +50,7 @@ class Prompt(NamedTuple):
 def parse_options():
     parser = ArgumentParser(description="Look inside the loop of a trained run.", usage=SUPPRESS)
     option = parser.add_argument
-    option("run", help="The folder that train.py wrote, such as runs/NAME.")
+    option("run", help="The folder that train.py wrote, such as runs/NAME, or a Hub repository with a run.")
     option(
         "--prompt",
         required=True,
@@ -59,9 +59,9 @@ def parse_options():
         help="The text to read. A second --prompt is compared with the first.",
     )
     option("--tokens", type=int, default=12, help="How many tokens the terminal shows. Default: 12.")
-    option("--page", type=Path, help="The page to write. Default: RUN/look.html.")
+    option("--page", type=Path, help="The page to write. Default: look.html in the folder of the run.")
     option("--depth", type=int, help="Steps of the loop. Default: as trained.")
-    option("--model", help="Where the base model is now, if it was moved since the training.")
+    option("--model", help="Where the base model is now, if it was moved: a folder or a Hub name.")
     option("--device", default="auto", help="cuda, mps or cpu. Default: the first of these that is there.")
     return parser.parse_args()
 
@@ -74,6 +74,8 @@ def check_options(options):
         raise UserError(f"--tokens {options.tokens}: give a whole number from 1 on")
     if options.depth is not None and options.depth < 1:
         raise UserError(f"--depth {options.depth}: give a whole number from 1 on")
+    if options.page is not None and options.page.is_dir():
+        raise UserError(f"--page {options.page}: is a folder; give the name of a file in it")
 
 
 def main():
@@ -82,7 +84,7 @@ def main():
     keep_freed_memory()
     device = pick_device(options.device)
     model = load_run(options.run, options.model, pick_dtype("auto", device), device)
-    tokenizer = load_tokenizer(options.model or model.source, model.config.vocab_size)
+    tokenizer = load_tokenizer(model.source, model.config.vocab_size)
 
     prompts = [read_prompt(model, tokenizer, text, options) for text in options.prompts]
     comparison = compare_prompts(prompts)
@@ -174,7 +176,7 @@ LEGEND_OF_DIAGONALS = "q to down: the root mean square of the diagonal m of each
 
 def summary(run: str, prompts: list[Prompt], comparison: Comparison | None) -> list[str]:
     """One sentence on the predictions and the state; one on the diagonals, where there are any to compare."""
-    steps = len(prompts[0].steps)
+    depth = len(prompts[0].steps)
     settled = 0
     tokens = 0
     openings = []
@@ -194,9 +196,9 @@ def summary(run: str, prompts: list[Prompt], comparison: Comparison | None) -> l
         f"In {run}, a step of the loop takes over {opening:.0%} of the layer's output on average and moves "
         f"the state by {movement:.0%}"
     )
-    if steps > 1:
+    if depth > 1:
         sentence += (
-            f"; for {settled} of {tokens} tokens, the likeliest next token after the first of {steps} steps "
+            f"; for {settled} of {tokens} tokens, the likeliest next token after the first of {depth} steps "
             "is that after the last"
         )
     sentences = [sentence + "."]
@@ -292,15 +294,10 @@ def padded(text: str, width: int) -> str:
 
 
 def page_path(options) -> Path:
-    """Where the page is written: into the folder of the run, or here if the run is one of the Hub."""
+    """Where the page is written: at --page, otherwise into the folder of the run."""
     if options.page is not None:
         return options.page
-    folder = Path(options.run)
-    if not folder.is_dir():
-        return Path("look.html")
-    if folder.match(STEP_FOLDER):  # a checkpoint of the run, which a later one may replace
-        folder = folder.parent
-    return folder / "look.html"
+    return output_path(options.run, "look.html")
 
 
 def page_data(sentences: list[str], prompts: list[Prompt], comparison: Comparison | None) -> dict:

@@ -1,7 +1,4 @@
-"""The options of train.py:
-
-what each does, its default for the model and device at hand, the paper's value.
-"""
+"""The options of train.py: what each does, its default for the model and the device, the paper's value."""
 
 import argparse
 import os
@@ -234,7 +231,7 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
     option(
         machine,
         "--name",
-        "The name of the run. It is kept in runs/NAME, with a number behind it if that is taken.",
+        "The name of the run. It is kept in runs/NAME, with a number after it if that is taken.",
         default="model, text and every option that differs from its default",
     )
     option(machine, "--out", "The folder of the run, which must be empty.", default="runs/NAME", type=Path)

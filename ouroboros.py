@@ -100,10 +100,7 @@ class SVDLoRA(nn.Module):
 
 
 class StepCache(KVCache):
-    """What generation keeps of one step of the loop:
-
-    keys and values, and the sum and the number of inputs h.
-    """
+    """What generation keeps of one step of the loop: keys, values, and the sum and number of its inputs h."""
 
     def __init__(self):
         super().__init__()
@@ -208,7 +205,8 @@ class StepValues(NamedTuple):
     """The values of one step of the loop.
 
     m: the diagonals, {k: [B, T or 1, r]} or, of a static table, {k: [r]}; None without modulation. g: the
-    gate, [B, T, d], or what takes its place. h: the state behind the step, [B, T, d].
+    opening of the gate, [B, T, d]; 1.0 without a gate, and [d] in patch.py. h: the state after the step,
+    [B, T, d].
     """
 
     m: dict | None
@@ -219,13 +217,14 @@ class StepValues(NamedTuple):
 class Ouroboros(LanguageModel):
     """The looped model on a pretrained Qwen, whose layers it shares and freezes.
 
-    ids [B, T] -> logits [B, T, V]. The arguments: - prelude, coda: the number of layers that are kept at
-    the start and at the end. - recurrent: the index of the looped layer, from 0. By default prelude,
-    recurrent and coda have the paper's proportions (default_cut). - rank, alpha: those of the low-rank
-    update. - depth: the number of steps of the loop. - modulation: "controller", or the baselines
-    "static" and "none". - pool: "prefix" (causal) or "sequence" (as published). - gate, step_norm: False
-    removes the part. - bases: {k: (A_k, B_k)}, those stored with a saved model. By default the removed
-    layers give them.
+    ids [B, T] -> logits [B, T, V]
+
+    prelude, coda: the numbers of layers that are kept at the start and at the end. recurrent: the index of
+    the looped layer, counted from 0. By default these three have the paper's proportions (default_cut).
+    rank, alpha: those of the low-rank update. depth: the number of steps of the loop. modulation:
+    "controller", or the baselines "static" and "none". pool: "prefix" (causal) or "sequence" (as
+    published). gate, step_norm: False removes the part. bases: {k: (A_k, B_k)}, those stored with a saved
+    model; by default they are computed from the removed layers.
 
     Raises UserError for values that are not possible.
     """
@@ -349,7 +348,10 @@ class Ouroboros(LanguageModel):
         return self.step_values(h, t, rotary, step_cache).h
 
     def step_values(self, h, t: int, rotary, step_cache: StepCache | None = None) -> StepValues:
-        """One step of the loop, with its values: the equations at the head of this file."""
+        """One step of the loop, with its values: the equations at the head of this file.
+
+        h [B, T, d] is the state before step t, which counts from 0.
+        """
         # Steps beyond self.depth use the step embedding and the StepNorm of the last step that was trained.
         t = min(t, self.depth - 1)
 
@@ -376,10 +378,7 @@ class Ouroboros(LanguageModel):
         return h
 
     def checked_depth(self, depth: int | None) -> int:
-        """`depth`, or the model's own if that is None.
-
-        Any depth from 1 on is allowed; UserError otherwise.
-        """
+        """`depth`, or the model's own if that is None. Raises UserError for a depth below 1."""
         if depth is None:
             return self.depth
         if depth < 1:
@@ -459,8 +458,7 @@ POOLS = {"prefix": prefix_mean, "sequence": sequence_mean}
 
 
 class StaticModulation(nn.Module):
-    """Instead of the Controller: a trained table [MAX_STEPS, 7, r] that depends on the step only -> {k:
-    [r]}.
+    """Instead of the Controller: a trained table [MAX_STEPS, 7, r]. Step t -> the diagonals {k: [r]}.
 
     It is zero at the start.
     """

@@ -57,7 +57,7 @@ class Seam(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A `project` for a kept layer: W_k x' + B_k A_k x', with x' = (1 + c) x behind one of the layer's
+    """A `project` for a kept layer: W_k x' + B_k A_k x', with x' = (1 + c) x after one of the layer's
     two norms.
 
     Multiplying a norm's output by 1 + c is the same as multiplying its weight. c = 0 and B = 0 at the
@@ -177,7 +177,7 @@ class Patched(Ouroboros):
 
 # ---- The seams in closed form ----------------------------------------------------------------------------
 #
-# A seam is good if the state behind it is the one that the full model has there. That is a linear
+# A seam is good if the state after it is the one that the full model has there. That is a linear
 # regression: its solution needs some text and the full model, and no step of training.
 
 # The strengths of the ridge that are tried, in units of the mean of the diagonal of h^T h.
@@ -186,7 +186,7 @@ RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @torch.no_grad()
 def mend_seams(model: Patched, full: Qwen, ids, batch_size: int):
-    """Set P_in and P_out of a new model so that the states behind the seams come close to those of the full
+    """Set P_in and P_out of a new model so that the states after the seams come close to those of the full
     model.
 
     ids [N, T]: sequences of training text, read batch_size at a time. P_in is fitted first, to the state
@@ -252,7 +252,7 @@ def fitted_seam(h, y):
 def ridge_regression(h, y, strength: float):
     """The P with the smallest sum over the tokens of |y - (h + P h)|^2 / mean(y^2), plus a multiple of |P|^2.
 
-    The weight of a token makes large and small states count alike, as behind the norm of the next layer.
+    The weight of a token makes large and small states count alike, as after the norm of the next layer.
     A large strength keeps P near 0, where the seam changes nothing. h and y [N, d] -> [d, d] in their type,
     which should be float64: the sizes of channels differ by orders of magnitude.
     """

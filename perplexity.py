@@ -50,7 +50,8 @@ def is_another_file(source, tokenizer, options) -> bool:
 def print_perplexities(model: Ouroboros, file: Path, tokenizer, options, device):
     """Print loss, perplexity and bits per byte of a file for the full, the cut and the looped model.
 
-    Raises UserError for a file without text.
+    options: those of train.py; seq_len is the most tokens of a window. Raises UserError for a file without
+    text, and for a loss that is not finite.
     """
     tokens = Tokens(WholeFile(file), "val", tokenizer)
     if tokens.chunk(0) is None:
@@ -67,7 +68,10 @@ def print_perplexities(model: Ouroboros, file: Path, tokenizer, options, device)
         ids = torch.from_numpy(window.astype(np.int64)).to(device)[None]  # [1, T + 1]
         sizes.append(ids.shape[1] - 1)
         for name, loss_of in models.items():
-            losses[name].append(loss_of(ids[:, :-1], ids[:, 1:]).item())
+            loss = loss_of(ids[:, :-1], ids[:, 1:]).item()
+            if not math.isfinite(loss):
+                raise UserError(f"{name}: a loss of {loss} on {file}; give an earlier checkpoint, RUN/step-N")
+            losses[name].append(loss)
 
     total = sum(sizes)
     size = bytes_of(file)
@@ -87,7 +91,10 @@ def print_perplexities(model: Ouroboros, file: Path, tokenizer, options, device)
 
 
 def windows_of(tokens: Tokens, length: int):
-    """Yield arrays of at most length + 1 tokens that overlap by one: each token is once behind another."""
+    """Yield windows of at most length + 1 tokens, each of which begins with the last token of the one before.
+
+    The first window of a chunk begins with the end-of-text token. So every token is predicted once.
+    """
     i = 0
     while tokens.chunk(i) is not None:
         chunk = np.concatenate([[tokens.end_token], tokens.chunk(i)])

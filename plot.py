@@ -1,8 +1,8 @@
 """Draw loss.png for runs: python plot.py runs/NAME ..."""
 
 import math
-import sys
 import textwrap
+from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ def plot_losses(run: Path):
     rows = read_log(run)
     if not rows:
         raise UserError(f"{run}: has taken no step yet; there is nothing to draw")
-    figure = loss_figure(run.name, rows, read_results(run, rows[-1]["step"]))
+    figure = loss_figure(run.resolve().name, rows, read_results(run, rows[-1]["step"]))
     replace_file(run / "loss.png", lambda part: figure.savefig(part, dpi=130, format="png"))
 
 
@@ -134,11 +134,14 @@ def last_number(values: list[float]) -> float:
 
 
 def main():
-    if len(sys.argv) < 2:
+    parser = ArgumentParser(description="Draw loss.png in the folders of runs.", usage=SUPPRESS)
+    parser.add_argument("runs", nargs="*", type=Path, help="Folders that train.py wrote, such as runs/NAME.")
+    runs = parser.parse_args().runs
+    if not runs:
         raise UserError("name the folder of a run: python plot.py runs/NAME")
-    for name in sys.argv[1:]:
-        plot_losses(Path(name))
-        print(Path(name) / "loss.png")
+    for run in runs:
+        plot_losses(run)
+        print(run / "loss.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The defaults of train.py's options, by model and device.
 
-Nothing here needs torch, so what only asks what is special about a run starts at once.
+Nothing here needs torch, so that experiments/runs.py, which compares runs with the defaults, starts at once.
 """
 
 # Defaults by model and device. "cuda" is the paper's recipe at 1,000 of its 18,750 steps.
@@ -39,9 +39,9 @@ PRESETS = {
 
 
 def default_options(given: dict, on_cuda: bool) -> dict:
-    """The default of each option of a new run that has one, by the options that are given.
+    """{option: its default} for the options of a new run that have one.
 
-    given: option -> value, which is None for what is not given.
+    given: {option: value}, where the value is None for an option that is not given.
     """
     model = given.get("model") or ("Qwen/Qwen2.5-3B" if on_cuda else "tiny")
     if model == "tiny":
@@ -75,7 +75,8 @@ def default_options(given: dict, on_cuda: bool) -> dict:
         defaults.update(depth=1, modulation="none", train_coda="all", lr=3 * preset["lr"])
         defaults.update(seam_tokens=12_288)
     if given.get("patch") and given.get("target_offset") != 2:  # the full model predicts the next token
-        defaults.update(distill=0.5, steps=preset["steps"] // 2)  # it takes half of the time of a step
+        # The full model's forward pass takes half of the time of a step.
+        defaults.update(distill=0.5, steps=preset["steps"] // 2)
     steps = given.get("steps")
     if steps is None:
         steps = defaults["steps"]

@@ -1,4 +1,4 @@
-"""What train.py tells before and after training: sizes, times, the results table, a sample of text."""
+"""What train.py tells before and after training: sizes, times, the results table, what to do next."""
 
 import math
 import shlex
@@ -22,14 +22,14 @@ FEW_SEQUENCES = 200  # a loss on fewer has a large error, and training soon know
 # ---- Before training -------------------------------------------------------------------------------------
 
 
-def announce_download(args):
+def announce_download(options):
     """Print how much is fetched from the Hub, and the room on the disk. What is in the cache is not."""
     sizes = []  # in bytes; None where the Hub does not tell it
-    if args.model not in BUILT_IN and not Path(args.model).is_dir():
-        read_config(args.model)  # a model that cannot be run is refused before it is announced
-        sizes.append(size_to_fetch(args.model, weight_names(args.model)))
-    if args.data == "fineweb-edu":
-        tokens = args.steps * args.accumulation * args.batch_size * args.seq_len
+    if options.model not in BUILT_IN and not Path(options.model).is_dir():
+        read_config(options.model)  # a model that cannot be run is refused before it is announced
+        sizes.append(size_to_fetch(options.model, weight_names(options.model)))
+    if options.data == "fineweb-edu":
+        tokens = options.steps * options.accumulation * options.batch_size * options.seq_len
         sizes.append(size_to_fetch(FINEWEB, shard_names(tokens), repo_type="dataset"))
     if not any(size is None or size > 0 for size in sizes):
         return

@@ -85,6 +85,19 @@ def holds_checkpoint(folder: Path) -> bool:
     return is_step or (folder / FILE_NAME).exists() or any(folder.glob(STEP_FOLDER))
 
 
+def output_path(run, name: str) -> Path:
+    """Where a program that reads a run writes the file `name`: into the run's folder.
+
+    run: the folder of a run or of one of its checkpoints. For a run of the Hub, the file lies here.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        return Path(name)
+    if folder.match(STEP_FOLDER):  # a checkpoint of the run, which a later one may replace
+        folder = folder.parent
+    return folder / name
+
+
 def no_such_run(folder) -> UserError:
     """The error for a folder without a checkpoint. It lists the runs in the folder or beside it."""
     folder = Path(folder)
@@ -212,7 +225,7 @@ def append_row(run: Path, row: dict):
     line = json.dumps(row, allow_nan=False) + "\n"
     log = run / LOG
     advice = "make room or bring its folder back"
-    with explaining(log, "written", advice, WRITE_ERRORS), open(log, "a") as file:
+    with explaining(log, "written", advice, WRITE_ERRORS), open(log, "a", encoding="utf-8") as file:
         file.write(line)
 
 
@@ -227,8 +240,9 @@ def is_bad(row: dict) -> bool:
 def read_options(run: Path) -> dict:
     """The options of a run. Raises UserError if it has none, or if the file is damaged."""
     path = run / OPTIONS
-    with explaining(path, "read as the options of a run", "give a folder that train.py wrote"):
-        options = read_json(path)
+    advice = "give a folder that train.py wrote"
+    with explaining(path, "read as the options of a run", advice):
+        options = read_json(path, advice)
         options["model"], options["data"], options["steps"]  # KeyError where these are no options
         return options
 
@@ -242,8 +256,9 @@ def read_results(run: Path, steps_done: int) -> dict | None:
     if not path.exists() or steps_done != read_options(run)["steps"]:
         return None
     results = {}
-    with explaining(path, "read as losses", "python train.py --resume RUN writes it again"):
-        saved = read_json(path)
+    advice = "python train.py --resume RUN writes it again"
+    with explaining(path, "read as losses", advice):
+        saved = read_json(path, advice)
         for name in ("full", "cut", "ouroboros"):
             results[name] = {}
             for column in saved[name]:
@@ -251,4 +266,5 @@ def read_results(run: Path, steps_done: int) -> dict | None:
                 if not isinstance(losses, list):  # older runs have the mean
                     losses = [losses]
                 results[name][column] = losses
+            results[name]["held-out"]  # KeyError where it is no file of results
     return results

@@ -19,6 +19,8 @@ from generation import new_tokens
 from hub import load_tokenizer
 from patch import full_model_of, load_run
 
+LOWEST_TEMPERATURE = 0.001  # logits divided by a much smaller one are no float32
+
 # ---- Options ---------------------------------------------------------------------------------------------
 
 
@@ -60,8 +62,12 @@ def parse_options():
 
 def check_options(options):
     """Raise UserError for a number that makes no sense, before the model is loaded."""
-    if not (math.isfinite(options.temperature) and options.temperature >= 0):
-        raise UserError(f"--temperature {options.temperature}: give 0, or a number above 0 such as 0.8")
+    can_divide = LOWEST_TEMPERATURE <= options.temperature < math.inf
+    if not (can_divide or options.temperature == 0):
+        raise UserError(
+            f"--temperature {options.temperature}: give 0, or a number from {LOWEST_TEMPERATURE} on, "
+            "such as 0.8"
+        )
     if not 0 < options.top_p <= 1:
         raise UserError(f"--top-p {options.top_p}: give a number above 0 and up to 1, such as 0.9")
     if options.top_p < 1 and options.temperature == 0:
@@ -84,6 +90,7 @@ def prompts_of(options):
         prompts += prompts_in(options.prompt_file)
     elif not prompts:
         if sys.stdin is not None and sys.stdin.isatty():
+            sys.stdin.reconfigure(errors="replace")
             return typed_prompts()
         prompts.append(piped_prompt())
     if "" in prompts:
@@ -92,7 +99,10 @@ def prompts_of(options):
 
 
 def prompts_in(file: Path) -> list[str]:
-    """The documents of a file, each without the line break at its end."""
+    """The documents of a file, each without the line break at its end. Empty ones are left out.
+
+    Raises UserError for a file that is not there, cannot be read or holds no prompt.
+    """
     if not file.is_file() or kind_of(file) is None:
         raise UserError(
             f"--prompt-file {file}: no such file, or not a .txt or .jsonl; name one with a prompt"
@@ -102,8 +112,12 @@ def prompts_in(file: Path) -> list[str]:
     for part, ends in read_documents(file):
         prompt += part
         if ends:
-            prompts.append(prompt.removesuffix("\n"))
+            prompt = prompt.removesuffix("\n")
+            if prompt:  # nothing follows a separator at the end of a file
+                prompts.append(prompt)
             prompt = ""
+    if not prompts:
+        raise UserError(f"--prompt-file {file}: holds no prompt; write one into it")
     return prompts
 
 
@@ -169,7 +183,7 @@ def main():
     keep_freed_memory()
     device = pick_device(options.device)
     model = load_run(options.run, options.model, pick_dtype("auto", device), device)
-    tokenizer = load_tokenizer(options.model or model.source, model.config.vocab_size)
+    tokenizer = load_tokenizer(model.source, model.config.vocab_size)
     full = full_model_of(model) if options.compare else None
 
     is_first = True

@@ -101,16 +101,16 @@ def main():
             print_perplexities(model, Path(options.data), tokenizer, options, device)
         return
 
-    def batches(split: str, offset=1, seed=EVALUATION_SEED) -> Batches:
+    def batches_of(split: str, offset=1, seed=EVALUATION_SEED) -> Batches:
         return Batches(source, split, tokenizer, options.seq_len, offset, seed)
 
-    columns = {"train": batches("train"), "held-out": batches("val")}
+    columns = {"train": batches_of("train"), "held-out": batches_of("val")}
     if options.target_offset == 2:  # the published task, beside the one that counts
-        columns["train, t+2"] = batches("train", offset=2)
-        columns["held-out, t+2"] = batches("val", offset=2)
+        columns["train, t+2"] = batches_of("train", offset=2)
+        columns["held-out, t+2"] = batches_of("val", offset=2)
 
     print_text(source, columns["train"], columns["held-out"], options.eval_sequences)
-    training = batches("train", options.target_offset, options.seed)
+    training = batches_of("train", options.target_offset, options.seed)
 
     # ---- Model ---------------------------------------------------------------------------------------------
     if checkpoint is None:

@@ -65,7 +65,7 @@ class Alternative(Ouroboros):
     """The cut model with something simple that is trained, in the place of Controller, gate and step norm.
 
     There is no loop: the recurrent layer is applied once. What is trained depends on `kind`:
-        "matrix"    a d x d matrix behind the recurrent layer, the identity at the start (arXiv 2505.24680)
+        "matrix"    a d x d matrix after the recurrent layer, the identity at the start (arXiv 2505.24680)
         "lora"      a LoRA on every projection of all kept layers
         "lora one"  a LoRA on every projection of the recurrent layer
     The LoRAs have the rank at which they have about as many parameters as the paper's system.
@@ -161,7 +161,7 @@ def rank_for(layers, budget: int) -> int:
 class Seams(Patched):
     """The patch with a matrix at one seam only.
 
-    one_seam: "in" (before the loop) or "out" (behind the loop). The other seam keeps P = 0.
+    one_seam: "in" (before the loop) or "out" (after the loop). The other seam keeps P = 0.
     """
 
     def __init__(self, qwen, one_seam="in", **settings):

@@ -28,6 +28,7 @@ from fast import keep_freed_memory
 from files import UserError, exit_on_user_error, write_json
 from hub import load_tokenizer
 from patch import full_model_of, load_run
+from run_folder import output_path
 
 LM_EVAL = "lm-eval==0.4.13"
 BOOTSTRAP_SAMPLES = 1000  # for the standard errors of perplexities; lm_eval's 100,000 take minutes
@@ -39,12 +40,12 @@ def parse_options():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
     )
     option = parser.add_argument
-    option("run", help="The folder that train.py wrote, such as runs/NAME.")
+    option("run", help="The folder that train.py wrote, such as runs/NAME, or a Hub repository with a run.")
     option("--tasks", required=True, help="Names of tasks, with commas between them.")
     option("--include", help="A folder with tasks of your own, as YAML files.")
     option("--limit", type=int, help="The number of questions of each task. Default: all.")
     option("--depth", type=int, help="Steps of the loop. Default: as trained.")
-    option("--model", help="Where the base model is now, if it was moved since the training.")
+    option("--model", help="Where the base model is now, if it was moved: a folder or a Hub name.")
     option("--device", default="auto", help="cuda, mps or cpu. Default: the first of these that is there.")
     option(
         "--dtype",
@@ -59,7 +60,7 @@ def parse_options():
         default=2048,
         help="The most tokens that a model reads. Longer contexts lose their beginning. Default: 2048.",
     )
-    option("--out", help="The JSON file. Default: benchmark.json in the folder of the run.")
+    option("--out", type=Path, help="The JSON file. Default: benchmark.json in the folder of the run.")
     return parser.parse_args()
 
 
@@ -72,7 +73,9 @@ def check_options(options):
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give a whole number from 1 on")
     if options.include is not None and not Path(options.include).is_dir():
-        raise UserError(f"--include {options.include}: no such folder")
+        raise UserError(f"--include {options.include}: no such folder; name one with YAML files of tasks")
+    if options.out is not None and options.out.is_dir():
+        raise UserError(f"--out {options.out}: is a folder; give the name of a file in it")
 
 
 # ---- Tasks -----------------------------------------------------------------------------------------------
@@ -186,10 +189,14 @@ def main():
     looped = load_run(options.run, options.model, dtype, device)
     depth = looped.checked_depth(options.depth)
     if looped.settings["pool"] == "sequence":
-        raise UserError(f"{options.run}: was trained with --pool sequence, which sees the answers")
+        raise UserError(
+            f"{options.run}: was trained with --pool sequence, which sees the answers; give a run with "
+            "--pool prefix"
+        )
     full = full_model_of(looped)
     tokenizer = load_tokenizer(full.source, full.config.vocab_size)
-    tasks = load_tasks(options.tasks.split(","), options.include)
+    names = [name.strip() for name in options.tasks.split(",")]
+    tasks = load_tasks(names, options.include)
 
     from experiments.harness import HarnessModel
 
@@ -201,7 +208,7 @@ def main():
         scores[name] = measure(model, tasks, options.limit)
     print_table(scores)
 
-    path = Path(options.out or Path(options.run) / "benchmark.json")
+    path = options.out or output_path(options.run, "benchmark.json")
     about = {
         "run": str(options.run),
         "model": full.source,

@@ -1,13 +1,13 @@
 """The list of the runs that experiments/paper.py trains: their names, options and model classes.
 
-Names begin with the depth of the loop. Words in them:
+Most names begin with the depth of the loop. Words in them:
     rate x30      the static table has 30 times the common learning rate
     lr third      a third of the preset's learning rate for all parameters; lr three: three times that rate
     zero input    the Controller sees zeros; other inputs: one mean vector, a window, the token, the sequence
     sized norm    the step norm starts at the size of the state and has the common learning rate
     norm rate 1   the step norm starts at 1 and has the common learning rate
     released      trained as the released code does it, all at once
-    long          four times as many steps as the others
+    long          several times as many steps as the others (times_steps)
     patch         with --patch
 """
 
@@ -249,7 +249,7 @@ def add_ranks_and_rates(runs: RunList, depth: int):
 
 
 def add_long_controller(runs: RunList, depth: int, times_steps: int):
-    """The paper's system for longer, beside the patch trained for as long."""
+    """The paper's system, trained for longer."""
     name = f"long depth{depth} controller"
     runs.add(name, *at_depth(depth), times_steps=times_steps, measures=(OBJECTIVE, CURVE))
 
@@ -263,7 +263,7 @@ def add_adapted_full_model(runs: RunList, seeds: int):
 
 
 def add_patches(runs: RunList, seeds: int):
-    """--patch as it is, and without what it is made of."""
+    """--patch as it is, and without each of its parts."""
     runs.add("patch", "--patch", seeds=seeds, first_measures=(TASKS,))
     runs.add("patch closed form alone", "--patch", times_steps=0)
     runs.add("patch paper cut", "--patch", model_class=PaperCut)
@@ -285,7 +285,7 @@ def add_long_patch(runs: RunList, times_steps: int, seeds: int):
 
 
 def add_parts_of_the_patch(runs: RunList):
-    """Only the seams, from the cut model on: both, one of them, and both of a low rank."""
+    """Only the seams are trained, starting from the cut model: both, one of them, and both of a low rank."""
     options = ["--patch", "--train-coda", "none", "--seam-tokens", "0"]
     runs.add("patch seams only", *options)
     runs.add("patch seam in", *options, model_class=Seams, one_seam="in")

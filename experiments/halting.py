@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from data import Batches
 from device import promote
-from estimates import paired_difference
+from estimates import Estimate, paired_difference
 from inside import each_step
 from ouroboros import Ouroboros
 
@@ -59,26 +59,32 @@ def steps_taken(changes, threshold: float):
 def measure_halting(model: Ouroboros, batches: Batches, sequences: int, depth: int, device, first=0) -> dict:
     """Mean steps and losses, one number for each sequence, of every fixed depth, every threshold, the oracle.
 
-    {"fixed": [[loss of each sequence] for each depth], "thresholds": {threshold: {"steps": [..], "loss":
-    [..]}}, "oracle": {"steps": [..], "loss": [..]}}
+    first: the number of the first sequence. Returns {"fixed": [[loss of each sequence] for each depth],
+    "thresholds": {threshold: {"steps": [..], "loss": [..]}}, "oracle": {"steps": [..], "loss": [..]}}.
     """
     fixed = [[] for _ in range(depth)]
-    rules = {name: {"steps": [], "loss": []} for name in (*THRESHOLDS, "oracle")}
+    oracle = {"steps": [], "loss": []}
+    thresholds = {threshold: {"steps": [], "loss": []} for threshold in THRESHOLDS}
     for n in range(first, batches.at_most(first + sequences)):
         losses, changes = losses_and_changes(model, *batches.batch(n, 1, device), depth)
         for t in range(depth):
             fixed[t].append(losses[t].mean().item())
-        for name, rule in rules.items():
-            if name == "oracle":
-                stop = losses.argmin(0)
-            else:
-                stop = steps_taken(changes, name)
-            rule["steps"].append((stop + 1).double().mean().item())
-            rule["loss"].append(losses.gather(0, stop[None]).mean().item())
-    return {"fixed": fixed, "oracle": rules.pop("oracle"), "thresholds": rules}
+        add_sequence(oracle, losses, losses.argmin(0))
+        for threshold, rule in thresholds.items():
+            add_sequence(rule, losses, steps_taken(changes, threshold))
+    return {"fixed": fixed, "oracle": oracle, "thresholds": thresholds}
 
 
-def gain_over_fixed_depth(rule: dict, fixed: list[list[float]]):
+def add_sequence(rule: dict, losses, stop):
+    """Add a sequence's mean steps and loss to those of a rule, {"steps": [..], "loss": [..]}.
+
+    losses [depth, B, T]. stop [B, T]: the step after which the rule stops each token, counted from 0.
+    """
+    rule["steps"].append((stop + 1).double().mean().item())
+    rule["loss"].append(losses.gather(0, stop[None]).mean().item())
+
+
+def gain_over_fixed_depth(rule: dict, fixed: list[list[float]]) -> Estimate:
     """How much smaller the loss of a rule is than that of fixed depths with as many steps on average.
 
     Between two depths, the loss is that of taking each of them for a share of the tokens. rule: {"steps",

@@ -113,7 +113,9 @@ class HarnessModel(TemplateLM):
             targets = torch.tensor(continuation, device=self.device)
             loss = F.cross_entropy(logits, targets, reduction="sum").item()
             if not math.isfinite(loss):  # the choice of an answer would mean nothing
-                raise UserError("the logits are not finite; try --dtype float32, or a checkpoint, RUN/step-N")
+                raise UserError(
+                    "the logits are not finite; try --dtype float32, or an earlier checkpoint, RUN/step-N"
+                )
             likeliest = bool((logits.argmax(-1) == targets).all())
             answers.append((-loss, likeliest))
         return answers
@@ -162,7 +164,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def continuation(self, context: str, ends: list[str], max_new_tokens: int, temperature: float) -> str:
-        """The text that follows a context, without the end string and what is behind it."""
+        """The text that follows a context, without the end string and what follows it."""
         if max_new_tokens >= self.max_length:
             raise UserError(
                 f"--max-length {self.max_length}: leaves no room for the {max_new_tokens} tokens that a task "

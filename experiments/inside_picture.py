@@ -31,12 +31,15 @@ SEQUENCES = 8  # of each of the two texts
 def mean_diagonals(run: Path) -> torch.Tensor:
     """The diagonals of each sequence, averaged over its tokens: [2 * SEQUENCES, steps, 7, r].
 
-    The held-out sequences come first. Raises UserError for a run without modulation.
+    The held-out sequences come first. Raises UserError for a run without modulation or without options.
     """
     checkpoint = read_checkpoint(run)
-    options = checkpoint[1]["options"]
+    _, about = checkpoint
+    if "options" not in about:
+        raise UserError(f"{run}: was not saved by train.py, so its text is not known; give a run of train.py")
+    options = about["options"]
     if options["modulation"] == "none":
-        raise UserError(f"{run}: has no modulation, so there is nothing to draw")
+        raise UserError(f"{run}: has no modulation, so there is nothing to draw; give another run")
     device = pick_device("auto")
     model = load_run(run, None, pick_dtype("auto", device), device, checkpoint)
     other = readme_folder() if options["data"] == "python" else "python"

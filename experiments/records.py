@@ -60,15 +60,17 @@ class Records:
 
     def __init__(self, folder: Path):
         path = folder / "baselines.json"
-        with explaining(path, "read as the baselines", "name a folder that paper.py wrote"):
-            self.baselines = read_json(path)
+        advice = "name a folder that paper.py wrote"
+        with explaining(path, "read as the baselines", advice):
+            self.baselines = read_json(path, advice)
             self.configurations = {}
             for name, result in self.baselines["models"].items():
                 self.configurations[name] = {None: result}
 
         for path in sorted(folder.glob("*-seed*.json")):
-            with explaining(path, "read as the results of a run", "delete it and run paper.py again"):
-                result = read_json(path)
+            advice = "delete it and run paper.py again"
+            with explaining(path, "read as the results of a run", advice):
+                result = read_json(path, advice)
                 for field in RUN_FIELDS:
                     if field not in result:
                         raise ValueError(f"it has no {field}")

@@ -6,6 +6,7 @@ fifty runs are listed in about a second.
 
 import math
 import sys
+from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 
 from safetensors import safe_open
@@ -32,7 +33,15 @@ BASES = "lora."  # how the names of the frozen SVD bases begin in a checkpoint
 
 
 def main():
-    folders = [Path(name) for name in sys.argv[1:]] or [RUNS]
+    parser = ArgumentParser(description="List runs in a table.", usage=SUPPRESS)
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        type=Path,
+        help="Runs, or folders that hold runs. Default: runs/.",
+        metavar="FOLDER",
+    )
+    folders = parser.parse_args().folders or [RUNS]
     rows = []
     problems = []
     for folder in runs_in(folders):

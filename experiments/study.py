@@ -75,7 +75,7 @@ def readme_folder() -> str:
     folder = cache_folder() / f"readmes-{digest}"
     for name in ("train.txt", "val.txt"):
         if not (folder / name).exists():
-            replace_file(folder / name, lambda part: part.write_text(text))
+            replace_file(folder / name, lambda part: part.write_text(text, encoding="utf-8"))
     return str(folder)
 
 

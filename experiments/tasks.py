@@ -62,7 +62,7 @@ def choices(model, batches, first: int, questions: int, device) -> list[int]:
 
 
 def log_probabilities(model, ids):
-    """The log probability of the tokens behind each prompt: ids [B, T] -> [B]"""
+    """The log probability of the tokens after each prompt: ids [B, T] -> [B]"""
     logits = promote(model(ids))[:, PROMPT - 1 : -1]  # those that predict the continuation
     log_p = logits.log_softmax(-1)
     return log_p.gather(-1, ids[:, PROMPT:, None]).sum((1, 2))

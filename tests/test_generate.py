@@ -25,11 +25,12 @@ from helpers import (
 )
 
 from device import pick_dtype
+from files import UserError
 from generation import nucleus
 from ouroboros import Ouroboros
 from patch import full_model_of, load_run
 from qwen import Qwen, load_tokenizer
-from sample import print_continuation, typed_prompts
+from sample import print_continuation, prompts_in, typed_prompts
 
 # ---- The cache -------------------------------------------------------------------------------------------
 
@@ -212,6 +213,7 @@ def test_sample_continues_a_prompt_with_a_saved_model_at_the_depth_that_is_asked
         ("--temperature", "-1"),
         ("--temperature", "nan"),
         ("--temperature", "inf"),
+        ("--temperature", "1e-40"),
         ("--max-new-tokens", "0"),
         ("--max-new-tokens", "-3"),
         ("--depth", "0"),
@@ -284,6 +286,15 @@ def test_sample_takes_several_prompts_from_options_and_files(pretrained, tmp_pat
     together = succeed("sample.py", *common, "--prompt", "doc1", "--prompt-file", tmp_path / "prompts.txt")
     assert together == "\n".join(one_by_one)
     assert succeed("sample.py", *common, "--prompt-file", tmp_path / "prompts.jsonl").startswith("doc5")
+
+
+def test_empty_documents_of_a_prompt_file_are_left_out_and_a_file_without_prompts_is_refused(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("doc1\n<|endoftext|>\n\n<|endoftext|>\ndoc2\n<|endoftext|>\n")
+    assert prompts_in(file) == ["doc1", "doc2"]
+    file.write_text("\n<|endoftext|>\n")
+    with pytest.raises(UserError, match="prompts.txt: holds no prompt"):
+        prompts_in(file)
 
 
 def test_sample_reads_a_prompt_from_a_pipe_and_streams_it(pretrained, tmp_path):

@@ -336,10 +336,11 @@ def test_the_program_compares_two_prompts_and_writes_the_page(pretrained, tmp_pa
         ("prompts", ["a", "b", "c"], "--prompt is given 3 times"),
         ("tokens", 0, "--tokens 0"),
         ("depth", -1, "--depth -1"),
+        ("page", Path("."), "--page .: is a folder"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_refused(option, value, message):
-    options = {"prompts": ["a"], "tokens": 12, "depth": None, option: value}
+    options = {"prompts": ["a"], "tokens": 12, "depth": None, "page": None, option: value}
     with pytest.raises(UserError, match=message):
         look.check_options(Namespace(**options))
 
