@@ -53,9 +53,10 @@ def evaluate_columns(
         losses[column] = evaluate(loss_of, batches, options.eval_sequences, device, name=bar_name)
         for loss in losses[column]:
             if not math.isfinite(loss):
-                raise UserError(
-                    f"{name} has a loss of {loss} on {column} text; try --dtype float32, or a smaller --lr"
-                )
+                advice = "try --dtype float32, or a smaller --lr"
+                if getattr(options, "eval", None):  # of a run that is trained already
+                    advice = "give an earlier checkpoint, RUN/step-N"
+                raise UserError(f"{name} has a loss of {loss} on {column} text; {advice}")
     return losses
 
 
@@ -79,17 +80,19 @@ def evaluate_baselines(
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     path = cache_folder() / "baseline-losses" / f"{name}.json"
 
-    if model.fingerprint is None or not path.exists():
-        print("evaluating the full and the cut model, once for this model and text", flush=True)
-        if qwen is None:
-            qwen = Qwen.from_pretrained(model.source, dtype, device)
-        losses = {
-            "full": evaluate_columns(qwen.loss, columns, options, device, "the full model"),
-            "cut": evaluate_columns(model.cut.loss, columns, options, device, "the cut model"),
-        }
-        write_json(path, losses)
+    if model.fingerprint is not None and path.exists():
+        advice = "delete it, it is then made anew"
+        with explaining(path, "read as losses", advice):
+            losses = read_json(path, advice)
+            return {"full": losses["full"], "cut": losses["cut"]}
 
-    advice = "delete it, it is then made anew"
-    with explaining(path, "read as losses", advice):
-        losses = read_json(path, advice)
-        return {"full": losses["full"], "cut": losses["cut"]}
+    print("evaluating the full and the cut model, once for this model and text", flush=True)
+    if qwen is None:
+        qwen = Qwen.from_pretrained(model.source, dtype, device)
+    losses = {
+        "full": evaluate_columns(qwen.loss, columns, options, device, "the full model"),
+        "cut": evaluate_columns(model.cut.loss, columns, options, device, "the cut model"),
+    }
+    if model.fingerprint is not None:
+        write_json(path, losses)
+    return losses

@@ -169,7 +169,7 @@ LEGEND = """\
 would say: the likeliest next tokens if the loop ended after this step, with their probabilities; a long
   token is cut, and the replacement character stands for a piece of a character
 p(next): the probability of the token that follows in the prompt
-opens: the mean opening of the gate, 1 without a gate
+opens: the mean opening of the gate, 1 without a gate; with --patch, the mean of the trained opening
 moves: how far the step moves the state, relative to the length of the state"""
 LEGEND_OF_DIAGONALS = "q to down: the root mean square of the diagonal m of each projection"
 

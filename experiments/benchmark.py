@@ -23,6 +23,8 @@ import threads  # noqa: F401 (it has to come before torch)
 
 # isort: split
 
+import torch
+
 from device import pick_device, pick_dtype
 from fast import keep_freed_memory
 from files import UserError, exit_on_user_error, write_json
@@ -122,6 +124,7 @@ def measure(model, tasks: dict, limit=None) -> dict:
     """
     from lm_eval.evaluator import evaluate
 
+    torch.manual_seed(0)  # for tasks whose texts are drawn
     for task in tasks["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
@@ -201,13 +204,6 @@ def main():
     from experiments.harness import HarnessModel
 
     models = {"full": (full, {}), "cut": (looped.cut, {}), "looped": (looped, {"depth": depth})}
-    scores = {}
-    for name, (model, model_options) in models.items():
-        print(f"\nthe {name} model", flush=True)
-        model = HarnessModel(model, tokenizer, options.max_length, options.batch_size, **model_options)
-        scores[name] = measure(model, tasks, options.limit)
-    print_table(scores)
-
     path = options.out or output_path(options.run, "benchmark.json")
     about = {
         "run": str(options.run),
@@ -218,7 +214,13 @@ def main():
         "computed in": [device.type, str(dtype)],
         "lm_eval": importlib.metadata.version("lm_eval"),
     }
-    write_json(path, {**about, "scores": scores})
+    scores = {}
+    for name, (model, model_options) in models.items():
+        print(f"\nthe {name} model", flush=True)
+        model = HarnessModel(model, tokenizer, options.max_length, options.batch_size, **model_options)
+        scores[name] = measure(model, tasks, options.limit)
+        write_json(path, {**about, "scores": scores})  # each time: the next model may take hours, and fail
+    print_table(scores)
     print(f"\nwritten to {path}")
 
 

@@ -98,7 +98,7 @@ def all_claims(records: Records) -> list[Row]:
     rows.append(largest_at_depth_1(records))
     rows.append(within_the_papers_spread(records))
     claim = "Depth brings no gain: 5.082, 5.075 and 5.080 at depth 1, 4 and 8"
-    for depth, other in ((4, 1), (8, 1), (8, 4), (16, 8)):
+    for depth, other in ((4, 1), (8, 1), (8, 4)):
         name = f"depth{depth} controller"
         if records.has(name):
             rows.append(compare(records, claim, name, "no better", f"depth{other} controller"))
@@ -126,7 +126,7 @@ def released_claims(records: Records) -> list[Row]:
         "by the target of its training": SHIFTED,
     }
     rows = []
-    for name in ("released", "released paper rate", "long released"):
+    for name in ("released", "released paper rate"):
         if records.has(name):
             for test, path in tests.items():
                 rows.append(compare(records, f"{claim}; {test}", name, "no better", CUT, path))
@@ -172,7 +172,7 @@ def largest_at_depth_1(records: Records) -> Row:
 def within_the_papers_spread(records: Records) -> Row:
     """Whether all ranks and depths of the Controller lie as close together as in the paper."""
     claim = f"All eight configurations lie within {SPREAD_OF_PAPER} of each other"
-    names = [f"depth{depth} controller" for depth in (1, 4, 8, 16)]
+    names = [f"depth{depth} controller" for depth in (1, 4, 8)]
     for depth in (1, 8):
         names += [f"depth{depth} controller rank{rank}" for rank in (8, 64)]
     names = [name for name in names if records.has(name)]

@@ -47,6 +47,10 @@ def mean_diagonals(run: Path) -> torch.Tensor:
 
     means = []
     for batches in (texts.held_out(), texts.batches(other, "val")):
+        needed = FIRST_OF_TEST + SEQUENCES
+        found = batches.at_most(needed)
+        if found < needed:
+            raise UserError(f"{run}: a text has {found} sequences, {needed} are needed; give more text")
         ids, _ = batches.batch(FIRST_OF_TEST, SEQUENCES, device)
         for sequence in ids:
             means.append(stacked_diagonals(look_inside(model, sequence)).mean(0))

@@ -253,9 +253,7 @@ def released(records: Records) -> str:
         "depth8 published objective": "ours, but token t+2 and sequence pool",
         "released": "as released",
         "released paper rate": "as released, rate 3e-4",
-        "long depth8 controller": "ours, depth 8, four times the steps",
         "long depth1 controller": "ours, depth 1, four times the steps",
-        "long released": "as released, four times the steps",
     }
     paths = {
         "train": ("objective", "train"),
@@ -296,7 +294,7 @@ def parameters(records: Records) -> str:
 
 def depths(records: Records) -> str:
     rows = []
-    for name in [*(f"depth{depth} controller" for depth in (1, 4, 8, 16)), "drawn depth", "released"]:
+    for name in [*(f"depth{depth} controller" for depth in (1, 4, 8)), "drawn depth", "released"]:
         if records.has(name, ("depths",)):
             row = [name]
             for depth in DEPTHS:
@@ -353,7 +351,6 @@ def longer(records: Records) -> str:
         "patch",
         "long patch",
         "long depth1 controller",
-        "long depth8 controller",
     ):
         if records.has(name):
             row = [name, f"{records.first(name)['tokens']:,}", seeds_cell(records, name)]

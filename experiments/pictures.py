@@ -15,15 +15,13 @@ MARKERS = "osD^v"
 SYMBOLS = "●■◆▲▼"  # the markers as text
 
 LONG_RUNS = {  # configuration -> label
-    "long depth8 controller": "the paper's system, depth 8",
     "long depth1 controller": "the paper's system, depth 1",
-    "long released": "as released",
+    "long patch": "--patch",
 }
 TRAINED_DEPTHS = {  # configuration -> the depths of its training
     "depth1 controller": (1,),
     "depth4 controller": (4,),
     "depth8 controller": (8,),
-    "depth16 controller": (16,),
     "drawn depth": (1, 2, 4, 8),
 }
 

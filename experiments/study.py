@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from importlib.metadata import metadata
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 from data import Batches
@@ -70,7 +70,13 @@ class Study:
 
 def readme_folder() -> str:
     """A folder with the READMEs of README_PACKAGES, where all of them are held out."""
-    text = "\n<|endoftext|>\n".join(metadata(name).get_payload() for name in README_PACKAGES)
+    readmes = []
+    for name in README_PACKAGES:
+        try:
+            readmes.append(metadata(name).get_payload())
+        except PackageNotFoundError as error:
+            raise UserError(f"the package {name} is missing: pip install -r requirements.txt") from error
+    text = "\n<|endoftext|>\n".join(readmes)
     digest = hashlib.sha1(text.encode()).hexdigest()[:8]
     folder = cache_folder() / f"readmes-{digest}"
     for name in ("train.txt", "val.txt"):
