@@ -338,7 +338,11 @@ def test_a_run_goes_on_with_a_text_that_was_moved_and_keeps_its_new_place(pretra
     assert read_checkpoint(out)[1]["options"]["data"] == str(moved)
     succeed(*resume, "--steps", 7)  # the new place is known now
     assert "this is another text" not in succeed("train.py", "--eval", out)
-    assert "this is another text" in succeed("train.py", "--eval", out, "--data", other)
+    assert "perplexity" in succeed("train.py", "--eval", out, "--data", other)  # of the whole file
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    other.rename(folder / "other.txt")
+    assert "this is another text" in succeed("train.py", "--eval", out, "--data", folder)
 
 
 def test_a_link_at_the_old_place_of_base_and_text_is_no_change(pretrained, tmp_path):
