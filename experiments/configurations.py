@@ -145,7 +145,8 @@ def add_tiny_runs(runs: RunList):
     for depth in (1, 8):
         add_bases(runs, depth, seeds=1)
     add_ablations(runs, 8, seeds=1)
-    add_ranks_and_rates(runs, 8)
+    add_ranks(runs, 8)
+    add_rates(runs, 8)
     for bias in (-4.0, 0.0):
         name = f"depth8 gate bias {bias:.0f}"
         runs.add(name, *at_depth(8), model_class=GateStart, gate_bias=bias)
@@ -165,7 +166,7 @@ def add_central_runs(runs: RunList):
     add_ablations(runs, 1, seeds=1)
     add_long_controller(runs, 1, times_steps=4)
     add_bases(runs, 1, seeds=1)
-    add_ranks_and_rates(runs, 1)
+    add_ranks(runs, 1)
 
 
 # ---- The paper's claims ----------------------------------------------------------------------------------
@@ -238,12 +239,17 @@ def released_options() -> list[str]:
     return [*at_depth(16), *PUBLISHED_OBJECTIVE, "--norm-lr-scale", "1"]
 
 
-def add_ranks_and_rates(runs: RunList, depth: int):
-    """The Controller and the static table at other ranks, and the Controller at other learning rates."""
+def add_ranks(runs: RunList, depth: int):
+    """The Controller and the static table at other ranks."""
     options = at_depth(depth)
     for rank in ("8", "64"):
         runs.add(f"depth{depth} controller rank{rank}", *options, "--rank", rank)
         runs.add(f"depth{depth} static rank{rank}", *options, "--rank", rank, "--modulation", "static")
+
+
+def add_rates(runs: RunList, depth: int):
+    """The Controller at other learning rates of all parameters."""
+    options = at_depth(depth)
     runs.add(f"depth{depth} controller lr third", *options, *runs.at_rate(1 / 3))
     runs.add(f"depth{depth} controller lr three", *options, *runs.at_rate(3))
 
