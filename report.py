@@ -115,9 +115,9 @@ def announce_time(model: Ouroboros, loss_of, batch, options, first_step: int):
 
 
 def readable_time(seconds: float) -> str:
-    """A time in seconds, minutes or hours."""
+    """A time in seconds, at least one, in minutes or in hours."""
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{max(1, seconds):.0f} s"
     if seconds < 100 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:,.1f} h"

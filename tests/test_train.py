@@ -75,6 +75,7 @@ def test_the_text_is_counted_before_training_and_a_small_one_is_warned_of(finish
 
 def test_a_short_training_is_announced_in_seconds(finished):
     assert re.search(r"\n60 steps of 1 x 4 x 32 tokens, about [1-9]\d* s\n", finished.printed)
+    assert readable_time(0.2) == "1 s"
     assert readable_time(99.4) == "99 s"
     assert readable_time(150) == "2 min"
     assert readable_time(3 * 3600) == "3.0 h"
