@@ -1,12 +1,12 @@
 """Measure the paper's claims: python experiments/paper.py
 
 The program trains every configuration of experiments/configurations.py on the built-in model, two at a
-time. That takes about an hour on two cores. An interrupted program continues where it was
-stopped. The results are written to experiments/results/tiny: a JSON file for each run with its options and
-the loss of each sequence, then claims.md, tables.md and the pictures.
+time. That takes about an hour on two cores. An interrupted program continues where it was stopped. The
+results are written to experiments/results/tiny: a JSON file for each run with its options and the loss of
+each sequence, then claims.md, tables.md and the pictures.
 
 With --model FOLDER --data FOLDER, the program trains the central configurations on another model. That takes
-about three hours for a model of 135M parameters.
+about two hours for a model of 135M parameters.
 
 Losses are in nats per token. Each table has the held-out text of the training distribution ("held-out") and a
 text of another kind ("other"). For Python source code, the other text is the READMEs of packages.
