@@ -25,9 +25,8 @@ def save_continuations(run: Path, models: dict, held_out: Batches, device):
     # special tokens too: without them, the end of one document and the beginning of the next run together
     continuations["prompt"] = held_out.tokenizer.decode(prompt[0].tolist(), skip_special_tokens=False)
     for name, model in models.items():
-        with torch.random.fork_rng():
-            torch.manual_seed(SEED)
-            out = model.generate(prompt, NEW_TOKENS, TEMPERATURE)
+        torch.manual_seed(SEED)
+        out = model.generate(prompt, NEW_TOKENS, TEMPERATURE)
         new = out[0, prompt.shape[1] :].tolist()
         continuations[name] = held_out.tokenizer.decode(new, skip_special_tokens=False)
     write_json(run / FILE_NAME, continuations)

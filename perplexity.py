@@ -46,7 +46,6 @@ def is_another_file(source, tokenizer, options) -> bool:
     return training.chunk(0) is None or training.text_hash() != options.text_hash
 
 
-@torch.no_grad()
 def print_perplexities(model: Ouroboros, file: Path, tokenizer, options, device):
     """Print loss, perplexity and bits per byte of a file for the full, the cut and the looped model.
 
@@ -61,18 +60,9 @@ def print_perplexities(model: Ouroboros, file: Path, tokenizer, options, device)
         "cut": model.cut.loss,
         "ouroboros": partial(model.loss, depth=options.depth),
     }
-    losses = {name: [] for name in models}  # of each window
-    sizes = []
     windows = list(windows_of(tokens, options.seq_len))
-    for window in tqdm(windows, desc="evaluating", unit=" windows", leave=False, delay=BAR_DELAY):
-        ids = torch.from_numpy(window.astype(np.int64)).to(device)[None]  # [1, T + 1]
-        sizes.append(ids.shape[1] - 1)
-        for name, loss_of in models.items():
-            loss = loss_of(ids[:, :-1], ids[:, 1:]).item()
-            if not math.isfinite(loss):
-                raise UserError(f"{name}: a loss of {loss} on {file}; give an earlier checkpoint, RUN/step-N")
-            losses[name].append(loss)
-
+    losses = losses_of_windows(models, windows, file, device)
+    sizes = [len(window) - 1 for window in windows]  # in tokens that are predicted
     total = sum(sizes)
     size = bytes_of(file)
     print(f"\n{file}: {total:,} tokens, {size:,} bytes")
@@ -88,6 +78,23 @@ def print_perplexities(model: Ouroboros, file: Path, tokenizer, options, device)
         print_row([label, str(loss), f"{math.exp(loss.mean):.2f}", f"{bits:.3f}"])
     share = gap_recovered(columns, "file")
     print_row(["gap recovered", "no gap" if share is None else share.percent()])
+
+
+@torch.no_grad()
+def losses_of_windows(models: dict, windows: list, file: Path, device) -> dict[str, list[float]]:
+    """{name: the loss of each window} for models {name: loss_of(ids, targets)}.
+
+    file: where the windows are from, for the error. Raises UserError for a loss that is not finite.
+    """
+    losses = {name: [] for name in models}
+    for window in tqdm(windows, desc="evaluating", unit=" windows", leave=False, delay=BAR_DELAY):
+        ids = torch.from_numpy(window.astype(np.int64)).to(device)[None]  # [1, T + 1]
+        for name, loss_of in models.items():
+            loss = loss_of(ids[:, :-1], ids[:, 1:]).item()
+            if not math.isfinite(loss):
+                raise UserError(f"{name}: a loss of {loss} on {file}; give an earlier checkpoint, RUN/step-N")
+            losses[name].append(loss)
+    return losses
 
 
 def windows_of(tokens: Tokens, length: int):

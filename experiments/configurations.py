@@ -132,7 +132,9 @@ def all_runs(central: bool) -> dict[str, Run]:
 def add_tiny_runs(runs: RunList):
     """The runs on the built-in model. They take about an hour on two cores."""
     add_controller_against_static(runs, 1, seeds=3, best_rates=(30, 100))
+    add_wider_pools(runs, 1)
     add_norms(runs, 1, seeds=3)
+    runs.add("depth1 sized norm by channel", *sized_norm(1), model_class=SizedStepNorm, size="channel")
     add_controller_against_static(runs, 8, seeds=2, best_rates=(30, 100))
     runs.add("depth4 controller", *at_depth(4), first_measures=(BY_DEPTH,))
     add_patches(runs, seeds=3)
@@ -159,6 +161,7 @@ def add_central_runs(runs: RunList):
     """The runs on a larger model, where each takes minutes. Most have depth 1."""
     add_long_patch(runs, times_steps=10, seeds=3)
     add_controller_against_static(runs, 1, seeds=2, best_rates=(30, 100, 300))
+    add_wider_pools(runs, 1)
     add_adapted_full_model(runs, seeds=1)
     add_patches(runs, seeds=1)
     runs.add("depth4 controller", *at_depth(4), measures=(BY_DEPTH,))
@@ -201,9 +204,13 @@ def add_controller_against_static(runs: RunList, depth: int, seeds: int, best_ra
     runs.add(f"{name} zero input", *options, model_class=ZeroInput, seeds=seeds)
     runs.add(f"{name} mean input", *options, model_class=MeanInput)
     runs.add(f"{name} token input", *options, model_class=TokenInput, seeds=seeds, measures=(SWAP,))
-    if depth == 1:
-        runs.add(f"{name} window input", *options, model_class=WindowInput, measures=(SWAP,))
-        runs.add(f"{name} sequence input", *options, "--pool", "sequence", measures=(SWAP,))
+
+
+def add_wider_pools(runs: RunList, depth: int):
+    """The Controller with the means over a window and over the whole sequence."""
+    options = at_depth(depth)
+    runs.add(f"depth{depth} window input", *options, model_class=WindowInput, measures=(SWAP,))
+    runs.add(f"depth{depth} sequence input", *options, "--pool", "sequence", measures=(SWAP,))
 
 
 def add_bases(runs: RunList, depth: int, seeds: int):
