@@ -287,7 +287,7 @@ def main():
         if not all((part_folder / name).exists() for name in names):
             make(part_folder)
         print(f"{part_folder} is complete", flush=True)
-    print(f"next: python train.py --patch --model {folder / 'model'} --data {folder / 'english'}")
+    print(f"next: python train.py --patch --model {folder / 'smollm2'} --data {folder / 'english'}")
 
 
 if __name__ == "__main__":
