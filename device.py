@@ -51,6 +51,11 @@ def pick_device(name="auto") -> torch.device:
         raise UserError(
             f"--device {name}: cannot be used ({problem}); this machine and this torch have {choices}"
         )
+    if kind == "cuda":
+        torch.cuda.set_device(int(number))  # for all that is asked of "the current device"
+        # Some versions of cuDNN's attention give wrong values where there are few key-value heads
+        # (pytorch issue 193893), and each new length costs it time.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 

@@ -114,14 +114,17 @@ def fused_attention_fits(q, keys: int) -> bool:
     """Whether F.scaled_dot_product_attention with grouped heads is the best form for these queries.
 
     It is not on MPS, where it aborts or gives wrong results; not for short bfloat16 attention on a CPU,
-    where matrix products are three times as fast; and not in float32 on CUDA, where no fused kernel takes
-    groups.
+    where matrix products are three times as fast; and not on CUDA in float32 or with a mask, where no fused
+    kernel takes groups.
     """
     if q.is_mps:
         return False
     if q.is_cpu:
         return not (q.dtype == torch.bfloat16 and keys <= 512)
-    return not (q.is_cuda and q.dtype == torch.float32)
+    if q.is_cuda:
+        needs_mask = 1 < q.shape[2] < keys  # see attend in qwen.py
+        return q.dtype != torch.float32 and not needs_mask
+    return True
 
 
 def attend_without_groups(q, k, v):
@@ -233,23 +236,34 @@ def recompute_activations(model):
 # ---- torch.compile ---------------------------------------------------------------------------------------
 
 
-def compile_blocks(model, **options):
-    """torch.compile each layer of prelude and coda, and the loop step. No name in a checkpoint changes."""
+def compile_blocks(model, full=None, **options):
+    """torch.compile each layer of prelude and coda, and the loop step. No name in a checkpoint changes.
+
+    full: a full model that is used beside this one; the layers that it has alone are compiled too.
+    """
 
     def compiled(block):
         return torch.compile(block, **options)
 
     replace_blocks(model, compiled)
+    if full is not None:
+        shared = set(model.modules())
+        for layer in full.layers:
+            if layer not in shared:
+                layer.forward = compiled(layer.forward)
     # the shapes of generation change with each token: run it as it is written
     model.generate = torch.compiler.set_stance("force_eager")(model.generate)
 
 
-def try_to_compile(model, batch):
-    """Compile the blocks in a first pass over a batch (ids, targets), or say in a line why that fails."""
+def try_to_compile(model, full, loss_of, batch):
+    """Compile the blocks in a first pass over a batch (ids, targets), or say in a line why that fails.
+
+    full: see compile_blocks. loss_of(ids, targets): the loss that will be minimised.
+    """
     print("\ncompiling, which takes a minute or two", flush=True)
-    compile_blocks(model)
+    compile_blocks(model, full)
     try:
-        model.loss(*batch).backward()
+        loss_of(*batch).backward()
     except torch._dynamo.exc.TorchDynamoException as error:  # also what the compiler behind it raises
         torch.compiler.set_stance("force_eager")
         reason = (str(error) or repr(error)).splitlines()[0]

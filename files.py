@@ -97,7 +97,14 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    phrases = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+    phrases = (
+        "out of memory",
+        "can't allocate memory",
+        "cannot allocate memory",
+        "not enough memory",
+        "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, and cuDNN's and cuSOLVER's
+        "allocation_failed",
+    )
     message = str(error).lower()
     return isinstance(error, RuntimeError) and any(phrase in message for phrase in phrases)
 

@@ -1,8 +1,8 @@
 """Training by several processes, and by processes that are told to stop.
 
-torchrun starts the processes and sets the environment variables; without it there is one process. Each
-takes its share of the sequences of a step. The gradients are summed, so the step is the same however many
-there are.
+torchrun starts the processes and sets the environment variables; without it there is one process, which
+connects to nobody. Each takes its share of the sequences of a step. The gradients are summed, so the step is
+the same however many there are.
 """
 
 import os
@@ -16,14 +16,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from files import UserError
+from files import UserError, is_out_of_memory
 from output import reader_is_gone
 
 RANK = 0
 WORLD_SIZE = 1
-if "MASTER_ADDR" in os.environ:  # set by torchrun; other programs set RANK and WORLD_SIZE alone
-    RANK = int(os.environ.get("RANK", RANK))
-    WORLD_SIZE = int(os.environ.get("WORLD_SIZE", WORLD_SIZE))
+# Some programs that start no processes set RANK and WORLD_SIZE too, but not the other two.
+UNDER_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+if UNDER_TORCHRUN:
+    RANK = int(os.environ["RANK"])
+    WORLD_SIZE = int(os.environ["WORLD_SIZE"])
 
 
 def join_processes(device: torch.device, sequences_per_step: int):
@@ -31,10 +33,8 @@ def join_processes(device: torch.device, sequences_per_step: int):
 
     Raises UserError if a step has fewer sequences than there are processes.
     """
-    if WORLD_SIZE == 1:
+    if not UNDER_TORCHRUN:
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=3))
     if RANK > 0:
@@ -62,14 +62,16 @@ def share_of(sequences_per_step: int) -> range:
     return range(first, end)
 
 
-def sum_over_processes(parameters, *numbers) -> list[float]:
-    """The sums of these numbers over all processes. The gradients of the parameters are summed in place.
+def sum_over_processes(parameters, loss, stop: bool):
+    """(loss, stop), summed over all processes, as scalar tensors on the device of the loss. The gradients of
+    the parameters are summed in place.
 
-    One all_reduce of one flat vector. Raises UserError if another process has ended.
+    One all_reduce of one flat vector. The program does not wait for the device here. Raises UserError if
+    another process has ended.
     """
-    if WORLD_SIZE > 1:
+    numbers = torch.stack([loss, loss.new_full((), stop)])
+    if UNDER_TORCHRUN:
         tensors = [p.grad for p in parameters]
-        numbers = tensors[0].new_tensor(numbers)
         tensors.append(numbers)
         vector = parameters_to_vector(tensors)
         try:
@@ -80,11 +82,13 @@ def sum_over_processes(parameters, *numbers) -> list[float]:
             reason = str(error).splitlines()[0]
             raise UserError(f"another process has ended ({reason}); --resume continues the run") from error
         vector_to_parameters(vector, tensors)
-    return [float(number) for number in numbers]
+    return numbers.unbind()
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
     """Whether a collective operation failed because another process is gone, and not because of a bug."""
+    if is_out_of_memory(error):
+        return False
     if isinstance(error, dist.DistError):  # of nccl
         return True
     return re.search("connection|socket|timed? ?out", str(error), re.IGNORECASE) is not None  # of gloo
@@ -92,7 +96,7 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 def broadcast_from_first(tensors):
     """Give all processes the tensors of the first one, bit for bit, in place."""
-    if WORLD_SIZE > 1:
+    if UNDER_TORCHRUN:
         for tensor in tensors:
             dist.broadcast(tensor.view(torch.uint8), 0)
 
@@ -118,7 +122,7 @@ class StopSignals:
         return self
 
     def _note(self, number, frame):
-        if self.received and number == signal.SIGINT and WORLD_SIZE == 1:
+        if self.received and number == signal.SIGINT and not UNDER_TORCHRUN:
             sys.exit(128 + number)
         if not self.received and RANK == 0:
             self._say("\nstopping after this step; a second Ctrl-C ends at once, without saving it\n")

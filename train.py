@@ -134,15 +134,16 @@ def main():
     if RANK == 0:
         results = evaluate_baselines(model, qwen, columns, options, device)
         if checkpoint is None:
-            yardsticks = {"full": qwen, "cut": model.cut}
-            save_continuations(options.out, yardsticks, columns["held-out"], device)
+            # no name of its own for the dict, which would keep the full model in memory
+            save_continuations(options.out, {"full": qwen, "cut": model.cut}, columns["held-out"], device)
 
     # ---- Training ------------------------------------------------------------------------------------------
     if not options.eval:
         loss_of = model.loss
         if options.distill > 0:
             loss_of = partial(distillation_loss, model, qwen, options.distill)
-        del qwen  # and with it the layers that were cut out, unless distillation needs them
+        else:
+            qwen = None  # and with it the layers that were cut out, which only distillation needs
 
         if checkpoint is None:
             options.text_hash = training.text_hash()
@@ -154,7 +155,7 @@ def main():
         print_parameters(model)
         batch = training.batch(0, options.batch_size, device)
         if options.compile == "on" or (options.compile == "auto" and device.type == "cuda"):
-            try_to_compile(model, batch)
+            try_to_compile(model, qwen, loss_of, batch)
         if options.activation_checkpointing:
             recompute_activations(model)
         announce_time(model, loss_of, batch, options, first_step)
@@ -252,7 +253,9 @@ def train(model, batches, held_out, options, device, checkpoint=None, loss_of=No
                 part_of_loss.backward()
                 loss += part_of_loss.detach()
             loss, stop = sum_over_processes(parameters.values(), loss, signals.ask_to_stop())
-            grad_norm = clip_grad_norm_(parameters.values(), 1.0).item()
+            grad_norm = clip_grad_norm_(parameters.values(), 1.0)
+            # the only place in a step where the program waits for the device
+            loss, grad_norm, stop = torch.stack([loss, grad_norm, stop]).tolist()
 
             # ---- Take the step, or skip a step without a number
             row.update(loss=loss, grad_norm=grad_norm, lr=rate)

@@ -217,6 +217,7 @@ def test_another_process_that_has_ended_is_told_from_a_bug_in_the_sum():
     assert is_lost_connection(RuntimeError(lost))
     assert is_lost_connection(RuntimeError("Timed out waiting 10800000ms for recv operation to complete"))
     assert not is_lost_connection(RuntimeError("Tensors must be contiguous"))
+    assert not is_lost_connection(RuntimeError("CUDA out of memory. Tried to open a socket"))
 
 
 def test_memory_that_has_run_out_is_told_from_other_errors_about_memory():
@@ -224,6 +225,8 @@ def test_memory_that_has_run_out_is_told_from_other_errors_about_memory():
     assert is_out_of_memory(RuntimeError("MPS backend out of memory"))
     assert is_out_of_memory(RuntimeError("unable to mmap 9 bytes from file <m>: Cannot allocate memory (12)"))
     assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    cublas = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    assert is_out_of_memory(RuntimeError(cublas))
     assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(TypeError("out of memory"))

@@ -91,6 +91,18 @@ def test_two_processes_are_one(tmp_path):
         assert relative(again[name], first[name]) < 1e-6, name
 
 
+def test_one_process_under_torchrun_connects_and_trains_as_one_without(pretrained, tmp_path):
+    program, *options = quick_run(pretrained, 5)
+    succeed(program, *options, "--out", tmp_path / "alone")
+    succeed(*torchrun(1, ROOT / program, *options, "--out", tmp_path / "one"))
+    assert losses(tmp_path / "one") == losses(tmp_path / "alone")
+
+    unreachable = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "none"}
+    assert run(program, *options, "--out", tmp_path / "no", env=unreachable).returncode != 0
+    del unreachable["MASTER_PORT"]  # another program's variables
+    succeed(program, *options, "--out", tmp_path / "yes", env=unreachable)
+
+
 def test_torchrun_stops_on_sigterm_and_goes_on_with_another_number_of_processes(pretrained, tmp_path):
     one = tmp_path / "one"
     out = tmp_path / "many"

@@ -1,5 +1,6 @@
 """train.py as a command: what it learns and leaves behind, its options, and what it refuses."""
 
+import gc
 import json
 import math
 import re
@@ -28,6 +29,7 @@ from helpers import (
     training_options,
     write_text,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import continuations
 import train
@@ -39,7 +41,9 @@ from evaluate import EVALUATION_SEED, evaluate
 from files import UserError, exit_on_user_error
 from hub import load_tokenizer
 from options import parse_options
+from ouroboros import default_cut
 from patch import full_model_of, load_run
+from qwen import Config, DecoderLayer
 from report import print_skipped_steps, print_text, readable_time
 from sources import open_source
 
@@ -258,7 +262,62 @@ def test_without_a_working_compiler_it_says_so_in_one_line_and_goes_on(pretraine
     assert "gap recovered" in printed
 
 
+def layers_alive() -> int:
+    """The number of decoder layers with weights in this process."""
+    gc.collect()
+    return sum(type(thing) is DecoderLayer for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_the_removed_layers_are_out_of_memory_during_training_unless_distillation_needs_them(
+    distill, pretrained, tmp_path, monkeypatch
+):
+    before = layers_alive()
+    alive = []
+
+    def look(*arguments):
+        alive.append(layers_alive() - before)
+        sys.exit()
+
+    monkeypatch.setattr(train, "train", look)
+    command = [*quick_run(pretrained, 2), "--distill", distill, "--device", "cpu", "--out", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in command])
+    with pytest.raises(SystemExit):
+        train.main()
+
+    config = Config.from_pretrained(pretrained)
+    prelude, _, coda = default_cut(config.num_hidden_layers)
+    kept = prelude + 1 + coda
+    assert kept < config.num_hidden_layers
+    assert alive == [config.num_hidden_layers if distill else kept]
+
+
 # ---- Steps -----------------------------------------------------------------------------------------------
+
+
+class Readings(TorchDispatchMode):
+    """Counts how often a single number is read from a tensor, for which a GPU has to finish its work."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_the_numbers_of_its_log_at_once_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr("fast.check_targets", lambda *_: None)  # reads one on a CPU, and none on CUDA
+    counts = []
+    for steps in (3, 6):
+        options = training_options(tmp_path / str(steps), steps=steps, save_every=100)
+        with Readings() as readings:
+            train.train(small_model(), FixedBatches(), FixedBatches(), options, torch.device("cpu"))
+        counts.append(readings.count)
+    assert counts[0] == counts[1]  # tolist(), which reads them at once, is not seen here
+    assert counts[0] >= 4  # but the losses of the evaluations are, before the first step and after the last
 
 
 def test_the_rate_rises_and_then_falls_to_zero_along_a_cosine():
