@@ -37,6 +37,7 @@ from experiments.contestants import (
     STATIC,
     TRANSFORMERS,
     config_of,
+    contestant,
     flops_per_token,
     generation,
     load_model,
@@ -55,8 +56,8 @@ NEW_TOKENS = 64  # generated after as many tokens of a prompt
 
 def training_of(kind: str, args, device, dtype):
     """A function that takes one training step. See training in contestants.py."""
-    qwen = load_model(args.model, device, dtype)
-    return training(kind, qwen, args.batch_size, args.seq_len)
+    model, loss_of = contestant(kind, load_model(args.model, device, dtype))
+    return training(model, loss_of, args.batch_size, args.seq_len)
 
 
 def generation_of(kind: str, args, device, dtype, batch_size: int):

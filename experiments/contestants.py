@@ -228,11 +228,10 @@ def contestant(kind: str, qwen: Qwen):
     return model, loss_of
 
 
-def training(kind: str, qwen: Qwen, batch_size: int, seq_len: int):
-    """A function that takes one whole training step and returns its loss."""
-    model, loss_of = contestant(kind, qwen)
+def training(model, loss_of, batch_size: int, seq_len: int):
+    """A function that takes one whole training step of a contestant and returns its loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fused = None if kind in (OBVIOUS, OBVIOUS_KEEPS) else True
+    fused = None if isinstance(model, Obvious) else True
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=fused)
     ids, targets = random_tokens(2, batch_size, seq_len).to(parameters[0].device)
 

@@ -1,0 +1,199 @@
+"""Prove the program on a GPU, in ten minutes and without a network: python experiments/gpu_check.py
+
+Each row of the table is a check of gpu_rows.py, and runs in a process of its own. A row that fails is named,
+and the next one goes on. The table is printed as it grows, and written to gpu-check/gpu_check.md and, with all
+numbers, to gpu_check.json beside it. What a row printed is in a log beside them. The exit code is 1 if a row
+failed.
+
+The models are tiny, and random weights in the shapes of Qwen2.5-0.5B and, where the GPU has room for it,
+Qwen2.5-3B. Rows that compare with transformers are left out where it is not installed. Without a GPU,
+--device cpu --small runs all rows that need none on tiny.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import threads  # noqa: F401 (it has to come before torch)
+
+# isort: split
+
+import torch
+
+from device import pick_device
+from experiments.gpu_rows import FAILED, NOT_RUN, Line, Setting, rows_of, summary
+from files import UserError, exit_on_user_error, write_json
+
+COLUMNS = ("check", "result", "verdict")
+ROW_SECONDS = 240  # a row that takes longer is ended
+
+
+def main():
+    args = parse_arguments()
+    device = pick_device(args.device)
+    if device.type != "cuda" and not args.small:
+        raise UserError(f"{device}: only a CUDA GPU runs the large models; add --small")
+    setting = Setting(device, args.small)
+    if args.row is not None:
+        run_row(args.row, setting, args.out)
+        return
+
+    started = time.monotonic()
+    print(machine_name(device), flush=True)
+    print_row(COLUMNS)
+    print_row(["---"] * len(COLUMNS))
+    results = {}  # {row: its result}
+    for name in rows_of(setting):
+        if time.monotonic() - started > 60 * args.minutes:
+            result = no_result(NOT_RUN, f"the {args.minutes:g} minutes were over")
+        else:
+            result = result_of(name, setting, args.out)
+        results[name] = result
+        print_lines(name, result["lines"])
+    results["in sum"] = {"lines": summary(results, setting), "numbers": {}}
+    print_lines("in sum", results["in sum"]["lines"])
+
+    content = {"machine": machine(device), "minutes": (time.monotonic() - started) / 60, "rows": results}
+    write_json(args.out / "gpu_check.json", content)
+    (args.out / "gpu_check.md").write_text(table(device, results), encoding="utf-8")
+    print(f"\n{content['minutes']:.1f} minutes; the table and the logs are in {args.out}")
+    failed = [name for name, result in results.items() if has_failed(result)]
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+        sys.exit(1)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    option = parser.add_argument
+    option("--device", default="cuda", help="cuda, cuda:1, or cpu with --small. Default: cuda.")
+    option("--small", action="store_true", help="Only tiny, with short sequences and few steps.")
+    option("--minutes", type=float, default=10, help="No row begins after so many minutes. Default: 10.")
+    option(
+        "--out",
+        type=Path,
+        default=Path("gpu-check"),
+        help="The folder for the table, the numbers and the logs. Default: gpu-check.",
+    )
+    option("--row", help=argparse.SUPPRESS)  # run this row only, and write its result: a process of main
+    return parser.parse_args()
+
+
+# ---- A row -----------------------------------------------------------------------------------------------
+
+
+def run_row(name: str, setting: Setting, out: Path):
+    """Run one row in this process, and write its result, a file of its own in `out`."""
+    lines, numbers = rows_of(setting)[name]()
+    write_json(result_file(name, out), {"lines": [vars(line) for line in lines], "numbers": numbers})
+
+
+def result_of(name: str, setting: Setting, out: Path) -> dict:
+    """The result of a row that runs in a process of its own: {"lines": [...], "numbers": {...}}."""
+    out.mkdir(parents=True, exist_ok=True)
+    result_file(name, out).unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--row", name, "--device", str(setting.device), "--out", str(out)]
+    if setting.small:
+        command.append("--small")
+    log = result_file(name, out).with_suffix(".log")
+    with open(log, "w") as output:
+        # a session of its own, so that the programs that the row has started end with it
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        try:
+            code = process.wait(ROW_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    if code is None:
+        return no_result(FAILED, f"not done after {ROW_SECONDS} seconds; see {log}")
+    if code != 0:
+        last_line = log.read_text(errors="replace").strip().splitlines()[-1:]
+        return no_result(FAILED, f"{''.join(last_line)[:200]}; see {log}")
+    path = result_file(name, out)
+    result = json.loads(path.read_text())
+    path.unlink()
+    return result
+
+
+def result_file(name: str, out: Path) -> Path:
+    """Where a row writes its result."""
+    words = "".join(letter if letter.isalnum() else " " for letter in name).split()
+    return out / f"{'-'.join(words)}.json"
+
+
+def no_result(verdict: str, reason: str) -> dict:
+    """The result of a row that gave none."""
+    return {"lines": [vars(Line("", reason, verdict))], "numbers": {}}
+
+
+def has_failed(result: dict) -> bool:
+    return any(line["verdict"] == FAILED for line in result["lines"])
+
+
+# ---- The table -------------------------------------------------------------------------------------------
+
+
+def machine(device) -> dict:
+    """The machine and its software."""
+    description = {"date": date.today().isoformat(), "torch": torch.__version__, "python": platform.python_version()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        description["device"] = properties.name
+        description["memory"] = properties.total_memory
+        description["compute capability"] = f"{properties.major}.{properties.minor}"
+        description["cuda"] = torch.version.cuda
+    else:
+        description["device"] = f"{device}, {os.cpu_count()} cores"
+    return description
+
+
+def machine_name(device) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in machine(device).items())
+
+
+def cells_of(name: str, lines: list[dict]) -> list[list[str]]:
+    """The rows of the table, for the lines of a row: those of COLUMNS."""
+    rows = []
+    for line in lines:
+        what = f"{name}: {line['what']}" if line["what"] else name
+        rows.append([what, line["result"], line["verdict"]])
+    return rows
+
+
+def print_lines(name: str, lines: list[dict]):
+    for cells in cells_of(name, lines):
+        print_row(cells)
+
+
+def row_text(cells) -> str:
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+
+
+def print_row(cells):
+    print(row_text(cells), flush=True)
+
+
+def table(device, results: dict) -> str:
+    """The whole table in Markdown."""
+    text = [machine_name(device), "", row_text(COLUMNS), row_text(["---"] * len(COLUMNS))]
+    for name, result in results.items():
+        text += [row_text(cells) for cells in cells_of(name, result["lines"])]
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
