@@ -1,4 +1,4 @@
-"""The device to compute on, and the number types to compute in."""
+"""The device to compute on, its memory, and the number types to compute in."""
 
 import os
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from files import UserError
+from presets import GPU
 
 
 def promote(x):
@@ -76,3 +77,16 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu" and sys.platform == "linux":
         return bool(re.search("avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()))
     return False
+
+
+def gpu_of(device: torch.device) -> GPU | None:
+    """What the defaults have to know of this device, or None if it is not a CUDA GPU."""
+    if device.type != "cuda":
+        return None
+    return GPU(torch.cuda.get_device_properties(device).total_memory, multiplies_bfloat16(device))
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes of a CUDA GPU that this process can have: those that are free and those that it holds."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)

@@ -255,13 +255,12 @@ def compile_blocks(model, full=None, **options):
     model.generate = torch.compiler.set_stance("force_eager")(model.generate)
 
 
-def try_to_compile(model, full, loss_of, batch):
-    """Compile the blocks in a first pass over a batch (ids, targets), or say in a line why that fails.
+def run_compiler(model, loss_of, batch):
+    """Let the compiler do its work in a first pass over a batch (ids, targets), or say in a line why it cannot.
 
-    full: see compile_blocks. loss_of(ids, targets): the loss that will be minimised.
+    loss_of(ids, targets): the loss that will be minimised.
     """
     print("\ncompiling, which takes a minute or two", flush=True)
-    compile_blocks(model, full)
     try:
         loss_of(*batch).backward()
     except torch._dynamo.exc.TorchDynamoException as error:  # also what the compiler behind it raises

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 from checkpoint import is_on_hub, read_checkpoint
-from device import pick_device
+from device import gpu_of, pick_device
 from evaluate import EVALUATION_SEED
 from files import UserError
 from hub import BUILT_IN
 from ouroboros import POOLS
-from presets import default_options, fitting_warmup
+from presets import PAPER_MODEL, SMALL_MODEL, default_options, fitting_warmup
 from processes import RANK
 from run_folder import FILE_NAME, STEP_FOLDER, claim, holds_checkpoint, no_such_run, run_name
 from sources import BUILT_IN_SOURCES
@@ -225,7 +225,7 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
         machine,
         "--activation-checkpointing",
         "Compute activations again in the backward pass instead of keeping them: less memory, more time. "
-        "Default: off.",
+        "Default: auto. By itself, it is on for a CUDA GPU in which a training step would not fit otherwise.",
         action=argparse.BooleanOptionalAction,
     )
     option(
@@ -279,8 +279,8 @@ def parse_options(arguments: list[str] | None = None):
 
 def new_run_options(arguments: list[str], given) -> argparse.Namespace:
     """The options of a new run, where the defaults suit the model and the device."""
-    on_cuda = pick_device(given.device or "auto").type == "cuda"
-    parser = build_parser(default_options(vars(given), on_cuda))
+    gpu = gpu_of(pick_device(given.device or "auto"))
+    parser = build_parser(default_options(vars(given), gpu))
     options = parser.parse_args(arguments)
     check_numbers(options)
     check_past_the_paper(options)
@@ -290,6 +290,11 @@ def new_run_options(arguments: list[str], given) -> argparse.Namespace:
         defaults = vars(parser.parse_args([]))
         options.name = run_name(vars(options), defaults)
     options.warmup = fitting_warmup(options.warmup, options.steps)
+    if given.model is None and options.model == SMALL_MODEL and RANK == 0:
+        print(
+            f"{SMALL_MODEL} is the default on this GPU, because {PAPER_MODEL} asks for 12 GB of memory and "
+            f"native bfloat16; --model {PAPER_MODEL} takes it even so"
+        )
     return options
 
 

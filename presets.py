@@ -3,6 +3,12 @@
 Nothing here needs torch, so that experiments/runs.py, which compares runs with the defaults, starts at once.
 """
 
+from dataclasses import dataclass
+
+PAPER_MODEL = "Qwen/Qwen2.5-3B"
+SMALL_MODEL = "Qwen/Qwen2.5-0.5B"
+MEMORY_FOR_PAPER_MODEL = 12e9  # bytes; a nominal GPU of 12 GB has a little more
+
 # Defaults by model and device. "cuda" is the paper's recipe at 1,000 of its 18,750 steps.
 PRESETS = {
     "tiny": dict(
@@ -38,16 +44,36 @@ PRESETS = {
 }
 
 
-def default_options(given: dict, on_cuda: bool) -> dict:
+@dataclass(frozen=True)
+class GPU:
+    """What the defaults have to know of a CUDA GPU."""
+
+    memory: int  # all of it, in bytes
+    multiplies_bfloat16: bool  # natively
+
+
+def default_model(gpu: GPU | None) -> str:
+    """The model that a GPU can train. None: there is no CUDA GPU."""
+    if gpu is None:
+        return "tiny"
+    if gpu.multiplies_bfloat16 and gpu.memory >= MEMORY_FOR_PAPER_MODEL:
+        return PAPER_MODEL
+    return SMALL_MODEL
+
+
+def default_options(given: dict, gpu: GPU | None) -> dict:
     """{option: its default} for the options of a new run that have one.
 
-    given: {option: value}, where the value is None for an option that is not given.
+    given: {option: value}, where the value is None for an option that is not given. gpu: the CUDA GPU of the
+    run, or None.
     """
-    model = given.get("model") or ("Qwen/Qwen2.5-3B" if on_cuda else "tiny")
+    model = given.get("model") or default_model(gpu)
     if model == "tiny":
         preset = PRESETS["tiny"]
+    elif gpu is None:
+        preset = PRESETS["cpu"]
     else:
-        preset = PRESETS["cuda" if on_cuda else "cpu"]
+        preset = PRESETS["cuda"]
 
     defaults = dict(
         preset,
@@ -62,13 +88,13 @@ def default_options(given: dict, on_cuda: bool) -> dict:
         seam_tokens=0,
         distill=0.0,
         model=model,
-        data="fineweb-edu" if on_cuda else "python",
+        data="python" if gpu is None else "fineweb-edu",
         target_offset=1,
         seed=0,
         device="auto",
         dtype="auto",
         compile="auto",
-        activation_checkpointing=False,
+        activation_checkpointing="auto",
         save_every=100,
     )
     if given.get("patch"):  # what did best on held-out text

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from data import Batches
 from estimates import gap_recovered, mean_loss
 from hub import BUILT_IN, read_config, size_to_fetch, weight_names
+from memory import StepMemory
 from ouroboros import Ouroboros
 from output import reader_is_gone
 from processes import WORLD_SIZE
@@ -52,7 +53,7 @@ def shard_names(tokens: int) -> list[str]:
     return names
 
 
-def readable_size(size: int) -> str:
+def readable_size(size: float) -> str:
     """A number of bytes in MB or GB."""
     if size < 1e8:
         return f"{size / 1e6:.1f} MB"
@@ -101,6 +102,30 @@ def print_parameters(model: Ouroboros):
     print()
     for name, count in counts.items():
         print(f"{name:20}{count:>15,} parameters", flush=True)
+
+
+def announce_memory(step: StepMemory, options):
+    """Print what is done about a training step that does not fit in the free memory of a GPU.
+
+    options: those of the run, for the advice where the step does not fit in any way.
+    """
+    if step.fits:
+        return
+    print(
+        f"\na training step would take {readable_size(step.plain)}, and {readable_size(step.free)} are free: "
+        "activation checkpointing is on; --no-activation-checkpointing turns it off",
+        flush=True,
+    )
+    if step.fits_recomputed:
+        return
+    advice = "a smaller --seq-len or --model"
+    if options.batch_size > 1:
+        sequences = options.batch_size * options.accumulation
+        advice = f"--batch-size 1 --accumulation {sequences}, or {advice}"
+    print(
+        f"warning: even so, it would take {readable_size(step.recomputed)}; if it does not fit, try {advice}",
+        flush=True,
+    )
 
 
 def announce_time(model: Ouroboros, loss_of, batch, options, first_step: int):

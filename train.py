@@ -1,8 +1,8 @@
 """Train an Ouroboros: python train.py --depth 8 --rank 32
 
-On a CUDA GPU: Qwen2.5-3B on FineWeb-Edu with the paper's recipe. Without one: the built-in tiny model on
-the Python source code of this machine, in a few minutes. Everything a run leaves behind is in its folder,
-runs/NAME.
+On a CUDA GPU: Qwen2.5-3B, or Qwen2.5-0.5B if the GPU is small, on FineWeb-Edu with the paper's recipe.
+Without one: the built-in tiny model on the Python source code of this machine, in a few minutes. Everything
+a run leaves behind is in its folder, runs/NAME.
 """
 
 import threads  # noqa: F401 (it has to come before torch)
@@ -28,12 +28,13 @@ from card import write_card
 from checkpoint import newest_good_checkpoint, optimizer_tensors, prune_checkpoints, restore_optimizer
 from continuations import print_continuations, save_continuations
 from data import Batches
-from device import pick_device, pick_dtype
+from device import free_memory, pick_device, pick_dtype
 from estimates import mean_loss
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns
-from fast import keep_freed_memory, recompute_activations, try_to_compile
+from fast import compile_blocks, keep_freed_memory, recompute_activations, run_compiler
 from files import UserError, exit_on_user_error, write_json
 from hub import load_tokenizer
+from memory import memory_of_step
 from options import parse_options
 from ouroboros import Ouroboros, checked_arguments
 from patch import Patched, distillation_loss, full_model_of, load_run, mend_seams, patch_cut
@@ -51,6 +52,7 @@ from qwen import Config, Qwen
 from report import (
     announce_download,
     announce_evaluation,
+    announce_memory,
     announce_next,
     announce_stop,
     announce_time,
@@ -153,11 +155,15 @@ def main():
             print(f"continuing at step {first_step} of {options.steps}")
 
         print_parameters(model)
+        checkpointing = wants_checkpointing(model, options, device)
         batch = training.batch(0, options.batch_size, device)
-        if options.compile == "on" or (options.compile == "auto" and device.type == "cuda"):
-            try_to_compile(model, qwen, loss_of, batch)
-        if options.activation_checkpointing:
-            recompute_activations(model)
+        compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
+        if compiled:
+            compile_blocks(model, qwen)
+        if checkpointing:
+            recompute_activations(model)  # before the first pass, which might not fit without it
+        if compiled:
+            run_compiler(model, loss_of, batch)
         announce_time(model, loss_of, batch, options, first_step)
 
         stopped_by = train(model, training, columns["held-out"], options, device, checkpoint, loss_of)
@@ -355,6 +361,19 @@ def new_model(qwen: Qwen, options) -> Ouroboros:
             "add --patch"
         )
     return model
+
+
+def wants_checkpointing(model: Ouroboros, options, device) -> bool:
+    """Whether activations are computed again in the backward pass. "auto" is decided here, and is not saved
+    in the options: a resumed run decides for the GPU that it has then.
+    """
+    if options.activation_checkpointing != "auto":
+        return options.activation_checkpointing
+    if device.type != "cuda":
+        return False
+    step = memory_of_step(model, options, free_memory(device))
+    announce_memory(step, options)
+    return not step.fits
 
 
 def first_tokens(training: Batches, options, device):

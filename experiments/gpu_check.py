@@ -149,7 +149,11 @@ def has_failed(result: dict) -> bool:
 
 def machine(device) -> dict:
     """The machine and its software."""
-    description = {"date": date.today().isoformat(), "torch": torch.__version__, "python": platform.python_version()}
+    description = {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         description["device"] = properties.name

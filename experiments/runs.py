@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from estimates import gap_recovered, mean_loss
 from files import UserError, exit_on_user_error, explaining
-from presets import default_options, fitting_warmup
+from presets import GPU, default_options, fitting_warmup
 from run_folder import (
     FILE_NAME,
     RUNS,
@@ -29,6 +29,7 @@ from run_folder import (
 
 HEAD = ["run", "model on text", "parameters", "steps", "held-out", "of the gap", "options that differ"]
 NUMBERS = HEAD[2:6]  # the columns that are aligned on the right
+ANY_GPU = GPU(memory=24_000_000_000, multiplies_bfloat16=True)  # its size decides only the model
 BASES = "lora."  # how the names of the frozen SVD bases begin in a checkpoint
 
 
@@ -137,8 +138,8 @@ def differences(options: dict) -> str:
     which the run differs least are taken.
     """
     candidates = []
-    for on_cuda in (False, True):
-        defaults = default_options(options, on_cuda)
+    for gpu in (None, ANY_GPU):
+        defaults = default_options(options, gpu)
         defaults["warmup"] = fitting_warmup(defaults["warmup"], options["steps"])
         candidates.append(differing_options(options, defaults))
     fewest = min(candidates, key=len)

@@ -1,26 +1,21 @@
 """Print the table of Qwen2.5 sizes, with the memory that training takes: python experiments/sizes.py
 
-Nothing is downloaded or computed. A training step runs on torch's meta device, and the bytes that are alive
-are counted: the frozen weights in bfloat16, the trained weights with their gradients and two moments in
-float32, and every tensor of the forward and the backward pass. The step is the one without torch.compile. A
-stand-in takes the place of CUDA's fused attention, which keeps no scores.
+Nothing is downloaded or computed: memory.py counts the bytes. The frozen weights are in bfloat16, and the
+trained weights with their gradients and two moments in float32.
 """
 
 import argparse
 import sys
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import qwen as qwen_module
 from fast import recompute_activations
 from files import exit_on_user_error
+from memory import training_peak
 from ouroboros import Ouroboros
 from patch import Patched
 from qwen import Config, Qwen
@@ -62,79 +57,6 @@ SIZES = {
     "32B": Size(5120, 27648, 64, 40, 8, 152064, False, "Apache-2.0"),
     "72B": Size(8192, 29568, 80, 64, 8, 152064, False, "Qwen"),
 }
-
-# ---- Counting bytes --------------------------------------------------------------------------------------
-
-
-class FusedAttention(torch.autograd.Function):
-    """A stand-in for CUDA's fused attention. It keeps for the backward pass what that kernel keeps."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        y = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, y)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-class PeakMemory(TorchDispatchMode):
-    """A context that counts the bytes of all tensors alive in it, and the most that there were.
-
-    tensors: those that are alive already.
-    """
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.alive = set()  # the storages that are counted
-        self.bytes_now = 0
-        self.peak = 0
-        self.add(tensors)
-
-    def add(self, tensors):
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor):
-                self.add_storage(tensor.untyped_storage())
-        self.peak = max(self.peak, self.bytes_now)
-
-    def add_storage(self, storage):
-        key = storage._cdata
-        if key not in self.alive:
-            self.alive.add(key)
-            self.bytes_now += storage.nbytes()
-            weakref.finalize(storage, self.remove, key, storage.nbytes())
-
-    def remove(self, key, size: int):
-        self.alive.discard(key)
-        self.bytes_now -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        self.add(tree_leaves(output))
-        return output
-
-
-def training_peak(model: Ouroboros, batch_size: int, seq_len: int) -> int:
-    """The bytes that are alive at the peak of a training step."""
-    optimizer = torch.optim.AdamW(model.trained_parameters().values())
-
-    def training_step():
-        ids = torch.zeros(batch_size, seq_len, dtype=torch.int64, device="meta")
-        model.loss(ids, ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    training_step()  # makes the moments
-    tensors = [*model.parameters(), *model.buffers()]
-    for state in optimizer.state.values():
-        tensors += state.values()
-    with PeakMemory(tensors) as memory:
-        training_step()
-    return memory.peak
-
 
 # ---- The table -------------------------------------------------------------------------------------------
 
@@ -199,7 +121,6 @@ def main():
     option("--seq-len", type=int, default=2048, help="The number of tokens in a sequence. Default: 2048.")
     args = parser.parse_args()
 
-    qwen_module.attend = FusedAttention.apply
     print_row(COLUMNS)
     print("|" + "---|" * len(COLUMNS))
     for name, size in SIZES.items():

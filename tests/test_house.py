@@ -27,6 +27,7 @@ ORDER = [
     "saving",
     "ouroboros",
     "patch",
+    "memory",
     "inside",
     "processes",
     "documents",

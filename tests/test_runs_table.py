@@ -12,7 +12,7 @@ import train
 from experiments.runs import differences, row_of, trained_parameters
 from files import write_json
 from options import parse_options
-from presets import default_options
+from presets import GPU, default_options
 
 
 def train_run(folder: Path, steps=4, **settings):
@@ -88,9 +88,13 @@ def test_the_options_that_differ_are_those_of_the_command_line(switches):
     assert sorted(found.split()) == sorted(switches.split())
 
 
-def test_a_run_of_the_cuda_preset_differs_in_nothing_but_its_own_options():
-    options = {**default_options({"model": "Qwen/Qwen2.5-0.5B"}, on_cuda=True), "rank": 16}
-    assert differences(options) == "--rank 16"
+@pytest.mark.parametrize("memory", [8_000_000_000, 80_000_000_000])
+def test_a_run_of_the_cuda_preset_differs_in_nothing_but_its_own_options(memory):
+    """Whether its GPU was small or large: the model stands in a column of its own."""
+    gpu = GPU(memory, multiplies_bfloat16=True)
+    assert differences(default_options({}, gpu)) == ""
+    assert differences({**default_options({}, gpu), "rank": 16}) == "--rank 16"
+    assert differences({**default_options({"model": "Qwen/Qwen2.5-0.5B"}, gpu), "rank": 16}) == "--rank 16"
 
 
 # ---- The program -----------------------------------------------------------------------------------------
