@@ -256,7 +256,7 @@ def compile_blocks(model, full=None, **options):
 
 
 def run_compiler(model, loss_of, batch):
-    """Let the compiler do its work in a first pass over a batch (ids, targets), or say in a line why it cannot.
+    """Let the compiler work in a first pass over a batch (ids, targets), or say in a line why it cannot.
 
     loss_of(ids, targets): the loss that will be minimised.
     """

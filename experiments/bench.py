@@ -136,15 +136,15 @@ def compete(make, kinds: list[str], args, device, dtype, *more, memory=False) ->
 
     times = {kind: [] for kind in kinds}
     for _ in range(args.rounds):
-        for contestant in contestants:
-            times[contestant.kind].append(contestant.ask("time"))
+        for process in contestants:
+            times[process.kind].append(process.ask("time"))
 
     results = {}
-    for contestant in contestants:
-        peak = contestant.ask("memory") if memory else 0
-        results[contestant.kind] = Measured(median(times[contestant.kind]), peak, contestant.first)
-    for contestant in contestants:
-        contestant.stop()
+    for process in contestants:
+        peak = process.ask("memory") if memory else 0
+        results[process.kind] = Measured(median(times[process.kind]), peak, process.first)
+    for process in contestants:
+        process.stop()
     return results
 
 

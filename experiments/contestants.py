@@ -109,6 +109,7 @@ class Obvious(nn.Module):
         self.prelude = layers[: len(ours.prelude)]
         self.recurrent = layers[ours.settings["recurrent"]]
         self.coda = layers[-len(ours.coda) :]
+        self.hf.model.layers = nn.ModuleList()  # without the layers that are cut out
 
         self.projections = nn.ModuleDict()
         for name in PROJECTIONS:

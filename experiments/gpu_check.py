@@ -1,8 +1,8 @@
 """Prove the program on a GPU, in ten minutes and without a network: python experiments/gpu_check.py
 
 Each row of the table is a check of gpu_rows.py, and runs in a process of its own. A row that fails is named,
-and the next one goes on. The table is printed as it grows, and written to gpu-check/gpu_check.md and, with all
-numbers, to gpu_check.json beside it. What a row printed is in a log beside them. The exit code is 1 if a row
+and the next one goes on. The table is printed as it grows, and written to gpu-check/gpu_check.md. All numbers
+are in gpu_check.json beside it, and what a row has printed is in a log there. The exit code is 1 if a row
 failed.
 
 The models are tiny, and random weights in the shapes of Qwen2.5-0.5B and, where the GPU has room for it,
@@ -53,7 +53,7 @@ def main():
     print_row(COLUMNS)
     print_row(["---"] * len(COLUMNS))
     results = {}  # {row: its result}
-    for name in rows_of(setting):
+    for name in chosen_rows(args.rows, setting):
         if time.monotonic() - started > 60 * args.minutes:
             result = no_result(NOT_RUN, f"the {args.minutes:g} minutes were over")
         else:
@@ -85,8 +85,18 @@ def parse_arguments():
         default=Path("gpu-check"),
         help="The folder for the table, the numbers and the logs. Default: gpu-check.",
     )
+    option("--rows", nargs="+", metavar="ROW", help="Only these rows of the table. Default: all.")
     option("--row", help=argparse.SUPPRESS)  # run this row only, and write its result: a process of main
     return parser.parse_args()
+
+
+def chosen_rows(chosen: list[str] | None, setting: Setting) -> list[str]:
+    """The names of the rows that run. Raises UserError for a name that is none."""
+    names = list(rows_of(setting))
+    for name in chosen or []:
+        if name not in names:
+            raise UserError(f"--rows {name!r}: no such row; there are {', '.join(names)}")
+    return chosen or names
 
 
 # ---- A row -----------------------------------------------------------------------------------------------
