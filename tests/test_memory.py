@@ -23,6 +23,7 @@ from device import free_memory, gpu_of
 from fast import recompute_activations
 from memory import (
     MARGIN,
+    PeakMemory,
     StepMemory,
     attend_as_on_cuda,
     attention_as_on_cuda,
@@ -102,6 +103,16 @@ def test_the_weights_their_gradients_and_their_moments_are_counted():
     weights = size_of(twin.parameters()) + size_of(twin.buffers())
     least = weights + 3 * trained
     assert least < training_peak(twin, 1, 1) < 1.5 * least
+
+
+def test_the_moments_are_there_while_the_activations_are():
+    twin = twin_of(PAPER)
+    ids = torch.zeros(B, T, dtype=torch.int64, device="meta")
+    with attention_as_on_cuda(), PeakMemory([*twin.parameters(), *twin.buffers(), ids]) as memory:
+        twin.loss(ids, ids).backward()
+    twin.zero_grad()
+    moments = 2 * size_of(twin.trained_parameters().values())
+    assert training_peak(twin, B, T) == pytest.approx(memory.peak + moments, rel=0.001)
 
 
 def test_each_step_of_the_loop_takes_at_least_what_its_mlp_keeps():
@@ -307,6 +318,7 @@ def test_the_default_model_is_the_one_that_the_gpu_can_train(
     monkeypatch.setattr(options_module, "gpu_of", lambda device: gpu)
     options, _ = parse_options(["--device", "cpu"])
     assert (options.model, options.data, options.seq_len) == (model, "fineweb-edu", 2048)
+    assert options.activation_checkpointing == "auto"
     assert options.name == f"{model.split('/')[1]}-fineweb-edu"
     lines = capsys.readouterr().out.splitlines()
     if model == LARGE:
