@@ -183,7 +183,7 @@ def lacks_transformers():
 
 
 def step_name(model: str, kind: str) -> str:
-    return f"{model}, a step, {kind}"
+    return f"{model}, a step, {kind.removeprefix('... ')}"
 
 
 # ---- What is right: numbers ------------------------------------------------------------------------------

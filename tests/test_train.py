@@ -292,6 +292,30 @@ def test_the_removed_layers_are_out_of_memory_during_training_unless_distillatio
     assert alive == [config.num_hidden_layers if distill else kept]
 
 
+@pytest.mark.parametrize("switch", ["--activation-checkpointing", "--no-activation-checkpointing"])
+def test_the_first_pass_of_the_compiler_recomputes_activations_too(switch, pretrained, tmp_path, monkeypatch):
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.nbytes)
+        return tensor
+
+    def look(model, loss_of, batch):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss_of(*batch)
+        sys.exit()
+
+    monkeypatch.setattr(train, "compile_blocks", lambda *_: None)
+    monkeypatch.setattr(train, "run_compiler", look)
+    command = [*quick_run(pretrained, 2), "--compile", "on", switch, "--device", "cpu"]
+    command += ["--out", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in command])
+    with pytest.raises(SystemExit):
+        train.main()
+    inputs_of_blocks = 10 * 4 * 32 * 32 * 4  # ten tensors [4, 32, 32] in float32
+    assert (sum(kept) < inputs_of_blocks) == (switch == "--activation-checkpointing")
+
+
 # ---- Steps -----------------------------------------------------------------------------------------------
 
 
