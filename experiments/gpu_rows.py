@@ -164,7 +164,8 @@ def rows_of(setting: Setting) -> dict:
             kinds += [COMPILED_PATCH, COMPILED_DISTILLED]
         row(f"{model}, bases", bases, model)
         for kind in kinds:
-            add = cuda_row if kind.startswith(COMPILED) else row
+            needs_time = kind.startswith(COMPILED) and kind != COMPILED  # each compiles other blocks
+            add = cuda_row if needs_time else row
             add(step_name(model, kind), training_step, model, kind)
         if model == setting.largest:
             row("generation, batch of 1", generation_speed, 1)
@@ -176,10 +177,6 @@ def rows_of(setting: Setting) -> dict:
 
 def needs_a_gpu():
     return [Line("", "needs a CUDA GPU", NOT_RUN)], {}
-
-
-def lacks_transformers():
-    return [Line("", "needs transformers", NOT_RUN)], {}
 
 
 def step_name(model: str, kind: str) -> str:
@@ -475,7 +472,9 @@ def matrix_product(setting: Setting):
 def training_step(setting: Setting, name: str, kind: str):
     """Speed and memory of a whole training step of a contestant."""
     if kind == OBVIOUS and importlib.util.find_spec("transformers") is None:
-        return lacks_transformers()
+        return [Line("", "needs transformers", NOT_RUN)], {}
+    if kind == COMPILED and not setting.on_cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
+        return [Line("", "needs a C++ compiler", NOT_RUN)], {}
     model, loss_of = contestant(kind, load_model(name, setting.device, setting.dtype))
     step = training(model, loss_of, setting.batch_size, setting.seq_len)
 
