@@ -7,6 +7,7 @@ need no GPU also run on a CPU.
 import copy
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
