@@ -29,7 +29,7 @@ def available_devices() -> list[str]:
 
 def pick_device(name="auto") -> torch.device:
     """The device for --device: auto (the fastest there is), cuda, mps, cpu, or one of several, such as
-    cuda:1.
+    cuda:1. A CUDA device becomes the current one, and cuDNN's attention is switched off.
 
     Raises UserError for a device that is not there.
     """

@@ -32,19 +32,19 @@ MARGIN = 1.1
 class StepMemory:
     """What a training step needs on a GPU, MARGIN included, and what there is, in bytes."""
 
-    plain: float  # without activation checkpointing
-    recomputed: float  # with it
+    needed: float  # without activation checkpointing
+    needed_recomputed: float  # with it
     free: int
 
     @property
     def fits(self) -> bool:
         """Whether the step fits as it is."""
-        return self.plain <= self.free
+        return self.needed <= self.free
 
     @property
     def fits_recomputed(self) -> bool:
         """Whether it fits with activation checkpointing."""
-        return self.recomputed <= self.free
+        return self.needed_recomputed <= self.free
 
 
 def memory_of_step(model: Ouroboros, options, free: int) -> StepMemory:
@@ -55,10 +55,10 @@ def memory_of_step(model: Ouroboros, options, free: int) -> StepMemory:
     """
     twin, full = meta_twin(model)
     step = (twin, options.batch_size, options.seq_len, full, options.distill)
-    plain = training_peak(*step)
+    needed = MARGIN * training_peak(*step)
     recompute_activations(twin)
-    recomputed = training_peak(*step)
-    return StepMemory(MARGIN * plain, MARGIN * recomputed, free)
+    needed_recomputed = MARGIN * training_peak(*step)
+    return StepMemory(needed, needed_recomputed, free)
 
 
 def meta_twin(model: Ouroboros) -> tuple[Ouroboros, Qwen]:
@@ -94,11 +94,11 @@ def training_peak(
             loss = model.loss(ids, ids)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
 
     with attention_as_on_cuda():
-        training_step()  # makes the moments
+        training_step()  # makes the moments, and gradients that stay, as between the passes of one step
         tensors = [*model.parameters(), *model.buffers(), ids]
+        tensors += [p.grad for p in model.trained_parameters().values()]
         if distill > 0:
             tensors += full.parameters()
         for state in optimizer.state.values():
@@ -159,8 +159,8 @@ def attention_as_on_cuda():
 
 
 def attend_as_on_cuda(q, k, v):
-    """What qwen.attend does on CUDA with q [B, H, T, D], k and v [B, H_kv, T, D]: [B, H, T, D] without a
-    meaning.
+    """What qwen.attend does on CUDA with q [B, H, T, D], k and v [B, H_kv, T, D]: [B, H, T, D] with
+    undefined content.
 
     No fused kernel takes groups in float32, so k and v are repeated for each query head (fast.py).
     """

@@ -112,7 +112,7 @@ def announce_memory(step: StepMemory, options):
     if step.fits:
         return
     print(
-        f"\na training step would take {readable_size(step.plain)}, and {readable_size(step.free)} are free: "
+        f"\na training step may take {readable_size(step.needed)}, and {readable_size(step.free)} are free: "
         "activation checkpointing is on; --no-activation-checkpointing turns it off",
         flush=True,
     )
@@ -122,10 +122,8 @@ def announce_memory(step: StepMemory, options):
     if options.batch_size > 1:
         sequences = options.batch_size * options.accumulation
         advice = f"--batch-size 1 --accumulation {sequences}, or {advice}"
-    print(
-        f"warning: even so, it would take {readable_size(step.recomputed)}; if it does not fit, try {advice}",
-        flush=True,
-    )
+    size = readable_size(step.needed_recomputed)
+    print(f"warning: even so, it may take {size}; if it does not fit, try {advice}", flush=True)
 
 
 def announce_time(model: Ouroboros, loss_of, batch, options, first_step: int):

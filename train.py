@@ -155,7 +155,7 @@ def main():
             print(f"continuing at step {first_step} of {options.steps}")
 
         print_parameters(model)
-        checkpointing = wants_checkpointing(model, options, device)
+        checkpointing = decide_checkpointing(model, options, device)
         batch = training.batch(0, options.batch_size, device)
         compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
         if compiled:
@@ -363,7 +363,7 @@ def new_model(qwen: Qwen, options) -> Ouroboros:
     return model
 
 
-def wants_checkpointing(model: Ouroboros, options, device) -> bool:
+def decide_checkpointing(model: Ouroboros, options, device) -> bool:
     """Whether activations are computed again in the backward pass. "auto" is decided here, and is not saved
     in the options: a resumed run decides for the GPU that it has then.
     """

@@ -30,18 +30,19 @@ from experiments.contestants import (
     COMPILED,
     DEPTH,
     OBVIOUS,
-    OBVIOUS_KEEPS,
+    OBVIOUS_RETURNS,
     OURS,
-    RANK,
+    RANK_OF_LORA,
     RECOMPUTED,
     STATIC,
-    TRANSFORMERS,
+    Kind,
     config_of,
-    contestant,
     flops_per_token,
     generation,
+    generation_of_transformers,
     load_model,
     matrix_rate,
+    model_and_loss,
     peak_memory,
     seconds_of,
     training,
@@ -50,20 +51,23 @@ from fast import keep_freed_memory
 from files import UserError, exit_on_user_error
 
 NEW_TOKENS = 64  # generated after as many tokens of a prompt
+OUR_GENERATION = Kind("this project")
+THEIR_GENERATION = Kind("transformers", obvious=True)
 
 # ---- What the contestants do -----------------------------------------------------------------------------
 
 
-def training_of(kind: str, args, device, dtype):
-    """A function that takes one training step. See training in contestants.py."""
-    model, loss_of = contestant(kind, load_model(args.model, device, dtype))
+def training_of(kind: Kind, args, device, dtype):
+    """A function that takes one training step."""
+    model, loss_of = model_and_loss(kind, load_model(args.model, device, dtype))
     return training(model, loss_of, args.batch_size, args.seq_len)
 
 
-def generation_of(kind: str, args, device, dtype, batch_size: int):
-    """A function that generates NEW_TOKENS tokens. See generation in contestants.py."""
+def generation_of(kind: Kind, args, device, dtype, batch_size: int):
+    """A function that generates NEW_TOKENS tokens."""
     qwen = load_model(args.model, device, dtype)
-    return generation(kind, qwen, batch_size, NEW_TOKENS)
+    make = generation_of_transformers if kind.obvious else generation
+    return make(qwen, batch_size, NEW_TOKENS)
 
 
 # ---- The contest -----------------------------------------------------------------------------------------
@@ -81,7 +85,7 @@ class Measured:
 class Contestant:
     """A process that does one kind of work whenever it is asked to."""
 
-    def __init__(self, make, kind: str, args, device, dtype, *more):
+    def __init__(self, make, kind: Kind, args, device, dtype, *more):
         spawn = multiprocessing.get_context("spawn")
         self.kind = kind
         self.pipe, other_end = spawn.Pipe()
@@ -99,15 +103,16 @@ class Contestant:
         try:
             return self.pipe.recv()
         except EOFError as error:
-            raise UserError(f"the contestant {self.kind!r} failed, see above") from error
+            raise UserError(f"the contestant {self.kind.name!r} failed, see above") from error
 
     def stop(self):
         self.pipe.send("stop")
 
 
-def serve(pipe, make, kind: str, args, device, dtype, *more):
+def serve(pipe, make, kind: Kind, args, device, dtype, *more):
     """The process of a contestant: obey the orders that come through the pipe."""
-    if device.type == "cpu" and kind != OBVIOUS:
+    pick_device(str(device))  # with what it sets, as train.py
+    if not kind.returns_memory:
         keep_freed_memory()
     work = make(kind, args, device, dtype, *more)
     first = work()
@@ -125,7 +130,7 @@ def serve(pipe, make, kind: str, args, device, dtype, *more):
             pipe.send(seconds_of(work, device))
 
 
-def compete(make, kinds: list[str], args, device, dtype, *more, memory=False) -> dict[str, Measured]:
+def compete(make, kinds: list[Kind], args, device, dtype, *more, memory=False) -> dict[Kind, Measured]:
     """{kind: what it was measured by}. make(kind, args, device, dtype, *more) returns what a contestant does.
 
     memory: whether the peak memory is measured too.
@@ -178,20 +183,18 @@ def print_training_table(args, device, dtype):
     rate = matrix_rate(device, dtype)
     flops = flops_per_token(config_of(args.model)) * tokens
     print(
-        f"\nA training step, depth {DEPTH}, rank {RANK}, {args.batch_size} x {args.seq_len} tokens; "
+        f"\nA training step, depth {DEPTH}, rank {RANK_OF_LORA}, {args.batch_size} x {args.seq_len} tokens; "
         f"a matrix product alone runs at {rate / 1e9:.0f} GFLOP/s\n"
     )
     print("| | tokens/s | | peak memory above the weights | | of the matrix rate | first loss |")
     print("|" + "---|" * 7)
 
-    kinds = [OBVIOUS, OURS, STATIC, RECOMPUTED, COMPILED]
-    if device.type == "cpu":
-        kinds.insert(1, OBVIOUS_KEEPS)
+    kinds = [OBVIOUS_RETURNS, OBVIOUS, OURS, STATIC, RECOMPUTED, COMPILED]
     results = compete(training_of, kinds, args, device, dtype, memory=True)
     yardstick = results[OBVIOUS]
     for kind, measured in results.items():
         cells = [
-            kind,
+            kind.name,
             f"{tokens / measured.seconds:.0f}",
             f"{yardstick.seconds / measured.seconds:.2f}x",
             f"{measured.peak / 1e6:.0f} MB",
@@ -202,22 +205,17 @@ def print_training_table(args, device, dtype):
         print("| " + " | ".join(cells) + " |")
     cost = results[OURS].seconds / results[STATIC].seconds - 1
     print(f"\nThe Controller costs {cost:.1%} over static modulation.")
-    if device.type == "cpu":
-        keeps = results[OBVIOUS_KEEPS]
-        print(
-            f"keep_freed_memory alone makes the obvious way {yardstick.seconds / keeps.seconds:.2f} times as "
-            f"fast. Beside that, this project is {keeps.seconds / results[OURS].seconds:.2f} times as fast, "
-            f"and {keeps.seconds / results[COMPILED].seconds:.2f} times with torch.compile."
-        )
+    alone = results[OBVIOUS_RETURNS].seconds / yardstick.seconds
+    print(f"keep_freed_memory alone makes the obvious way {alone:.2f} times as fast; all others have it too.")
 
 
 def print_generation_table(args, device, dtype):
     print(f"\nGeneration of {NEW_TOKENS} tokens after {NEW_TOKENS}, the plain Qwen\n")
     print("| batch | transformers | this project | |\n|---|---|---|---|")
     for batch_size in (1, 8):
-        results = compete(generation_of, [TRANSFORMERS, OURS], args, device, dtype, batch_size)
-        theirs = NEW_TOKENS * batch_size / results[TRANSFORMERS].seconds
-        ours = NEW_TOKENS * batch_size / results[OURS].seconds
+        results = compete(generation_of, [THEIR_GENERATION, OUR_GENERATION], args, device, dtype, batch_size)
+        theirs = NEW_TOKENS * batch_size / results[THEIR_GENERATION].seconds
+        ours = NEW_TOKENS * batch_size / results[OUR_GENERATION].seconds
         print(f"| {batch_size} | {theirs:.0f} tokens/s | {ours:.0f} tokens/s | {ours / theirs:.2f}x |")
 
 

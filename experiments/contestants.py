@@ -7,7 +7,7 @@ the structure of the released code: all logits at once, a module for each part, 
 import json
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,21 +22,34 @@ from ouroboros import Ouroboros
 from patch import Patched, distillation_loss
 from qwen import PROJECTIONS, Config, Qwen
 
-# The contestants, by their names in the tables.
-OBVIOUS = "the obvious way"
-OBVIOUS_KEEPS = "the obvious way, memory kept"
-OURS = "this project"
-STATIC = "... static modulation"
-RECOMPUTED = "... activation checkpointing"
-COMPILED = "... torch.compile"
-COMPILED_STATIC = "... torch.compile, static modulation"
-COMPILED_RECOMPUTED = "... torch.compile, activation checkpointing"
-COMPILED_PATCH = "... torch.compile, --patch without distillation"
-COMPILED_DISTILLED = "... torch.compile, --patch with distillation"
-TRANSFORMERS = "transformers"
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to take a training step, and its name in the tables."""
+
+    name: str
+    obvious: bool = False  # on the layers of transformers
+    returns_memory: bool = False  # the C library gives freed memory back, as it does by itself
+    compiled: bool = False
+    recomputed: bool = False  # activation checkpointing
+    modulation: str = "controller"
+    patch: bool = False
+    distill: float = 0.0
+
+
+OBVIOUS = Kind("the obvious way", obvious=True)
+OBVIOUS_RETURNS = Kind("the obvious way, memory returned", obvious=True, returns_memory=True)
+OURS = Kind("this project")
+STATIC = Kind("static modulation", modulation="static")
+RECOMPUTED = Kind("activation checkpointing", recomputed=True)
+COMPILED = Kind("torch.compile", compiled=True)
+COMPILED_STATIC = Kind("torch.compile, static modulation", compiled=True, modulation="static")
+COMPILED_RECOMPUTED = Kind("torch.compile, activation checkpointing", compiled=True, recomputed=True)
+COMPILED_PATCH = Kind("torch.compile, --patch --distill 0", compiled=True, patch=True)
+COMPILED_DISTILLED = Kind("torch.compile, --patch", compiled=True, patch=True, distill=0.5)
 
 DEPTH = 8
-RANK = 32
+RANK_OF_LORA = 32
 TOKEN_LIMIT = 4096  # random tokens are below it, so that every vocabulary has them
 
 # ---- The obvious way -------------------------------------------------------------------------------------
@@ -191,6 +204,7 @@ def load_model(name: str, device, dtype) -> Qwen:
     with device:
         qwen = Qwen(SIZES[name].config).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
+    qwen.embed_tokens.weight.mul_(0.02)  # the head is the same matrix: a usual size for the logits
     return qwen
 
 
@@ -199,38 +213,37 @@ def config_of(name: str) -> Config:
     return SIZES[name].config if name in SIZES else Config.from_pretrained(name)
 
 
-def contestant(kind: str, qwen: Qwen):
-    """(the model, its loss) of a kind. The loss is a function of (ids, targets), [B, T] each.
+def model_and_loss(kind: Kind, qwen: Qwen):
+    """A looped model of a kind, and its loss, a function of (ids, targets), [B, T] each.
 
     All kinds have the same weights where they have the same parts.
     """
     torch.manual_seed(0)
-    if kind in (COMPILED_PATCH, COMPILED_DISTILLED):
+    if kind.patch:
         model = Patched(qwen, depth=1, modulation="none")
     else:
-        modulation = "static" if kind in (STATIC, COMPILED_STATIC) else "controller"
-        model = Ouroboros(qwen, depth=DEPTH, rank=RANK, modulation=modulation)
+        model = Ouroboros(qwen, depth=DEPTH, rank=RANK_OF_LORA, modulation=kind.modulation)
     for p in model.trained_parameters().values():
         p.data += 0.01 * torch.randn(p.shape).to(p)  # so that no part is without effect
 
-    if kind in (OBVIOUS, OBVIOUS_KEEPS):
+    if kind.obvious:
         model = Obvious(model, qwen)
         return model, model.loss
 
     full = None
     loss_of = model.loss
-    if kind == COMPILED_DISTILLED:
+    if kind.distill > 0:
         full = qwen
-        loss_of = partial(distillation_loss, model, full, 0.5)
-    if kind.startswith(COMPILED):
+        loss_of = partial(distillation_loss, model, full, kind.distill)
+    if kind.compiled:
         compile_blocks(model, full)
-    if kind in (RECOMPUTED, COMPILED_RECOMPUTED):
+    if kind.recomputed:
         recompute_activations(model)
     return model, loss_of
 
 
 def training(model, loss_of, batch_size: int, seq_len: int):
-    """A function that takes one whole training step of a contestant and returns its loss."""
+    """A function that takes one whole training step and returns its loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = None if isinstance(model, Obvious) else True
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=fused)
@@ -247,18 +260,18 @@ def training(model, loss_of, batch_size: int, seq_len: int):
     return training_step
 
 
-def generation(kind: str, model, batch_size: int, new_tokens: int):
-    """A function that generates so many tokens after as many of a prompt, for each sequence of a batch.
-
-    model: a Qwen or an Ouroboros. With the kind TRANSFORMERS, which takes a Qwen, transformers generates.
-    """
+def generation(model, batch_size: int, new_tokens: int):
+    """A function that generates so many tokens after as many of a prompt, for each sequence of a batch."""
     ids = random_tokens(batch_size, new_tokens).to(model.head_weight.device)
     model.config = replace(model.config, eos_token_id=())  # nothing ends a text early
-    if kind != TRANSFORMERS:
-        return partial(model.generate, ids, max_new_tokens=new_tokens)
-    theirs = transformers_model(model)
+    return partial(model.generate, ids, max_new_tokens=new_tokens)
+
+
+def generation_of_transformers(qwen: Qwen, batch_size: int, new_tokens: int):
+    """The same with transformers, for a full model."""
+    ids = random_tokens(batch_size, new_tokens).to(qwen.head_weight.device)
     return partial(
-        theirs.generate,
+        transformers_model(qwen).generate,
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
@@ -320,7 +333,7 @@ def flops_per_token(config: Config) -> int:
     to the activations.
     """
     with torch.device("meta"):
-        model = Ouroboros(Qwen(config), depth=DEPTH, rank=RANK)
+        model = Ouroboros(Qwen(config), depth=DEPTH, rank=RANK_OF_LORA)
     layer = 2 * sum(projection.weight.numel() for projection in model.recurrent.projections().values())
     head = 2 * model.head_weight.numel()
     return layer * (len(model.prelude) + 2 * DEPTH + 2 * len(model.coda)) + 2 * head

@@ -1,11 +1,11 @@
-"""Prove the program on a GPU, in ten minutes and without a network: python experiments/gpu_check.py
+"""Check the program on a GPU, in about ten minutes and without a network: python experiments/gpu_check.py
 
-Each row of the table is a check of gpu_rows.py, and runs in a process of its own. A row that fails is named,
-and the next one goes on. The table is printed as it grows, and written to gpu-check/gpu_check.md. All numbers
-are in gpu_check.json beside it, and what a row has printed is in a log there. The exit code is 1 if a row
-failed.
+Each row of the table is a check of gpu_correct.py or gpu_speed.py, and runs in a process of its own. A row
+that fails is named, and the next one goes on. The table is printed as it grows, and written to
+gpu-check/gpu_check.md. All numbers are in gpu_check.json beside it, and what a row has printed is in a log
+there. The exit code is 1 if a row failed or had no time to begin.
 
-The models are tiny, and random weights in the shapes of Qwen2.5-0.5B and, where the GPU has room for it,
+The models are tiny, and random weights in the shapes of Qwen2.5-0.5B and, where the GPU has room for it, of
 Qwen2.5-3B. Rows that compare with transformers are left out where it is not installed. Without a GPU,
 --device cpu --small runs all rows that need none on tiny.
 """
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,11 +32,25 @@ import threads  # noqa: F401 (it has to come before torch)
 import torch
 
 from device import pick_device
-from experiments.gpu_rows import FAILED, NOT_RUN, Line, Setting, rows_of, summary
+from experiments import gpu_correct, gpu_speed
+from experiments.contestants import (
+    COMPILED,
+    COMPILED_DISTILLED,
+    COMPILED_PATCH,
+    COMPILED_RECOMPUTED,
+    COMPILED_STATIC,
+    OBVIOUS,
+    OURS,
+    RECOMPUTED,
+    STATIC,
+)
+from experiments.gpu_setting import FAILED, NOT_RUN, Line, Setting
+from experiments.gpu_speed import step_name, summary
 from files import UserError, exit_on_user_error, write_json
 
 COLUMNS = ("check", "result", "verdict")
-ROW_SECONDS = 240  # a row that takes longer is ended
+ROW_SECONDS = 400  # a row that takes longer is ended
+SECONDS_TO_END = 30  # that its programs get to end themselves
 
 
 def main():
@@ -53,23 +68,30 @@ def main():
     print_row(COLUMNS)
     print_row(["---"] * len(COLUMNS))
     results = {}  # {row: its result}
+    late = []  # the rows that had no time
     for name in chosen_rows(args.rows, setting):
         if time.monotonic() - started > 60 * args.minutes:
-            result = no_result(NOT_RUN, f"the {args.minutes:g} minutes were over")
+            result = no_result(f"not begun: the {args.minutes:g} minutes were over", NOT_RUN)
+            late.append(name)
         else:
             result = result_of(name, setting, args.out)
         results[name] = result
         print_lines(name, result["lines"])
-    results["in sum"] = {"lines": summary(results, setting), "numbers": {}}
-    print_lines("in sum", results["in sum"]["lines"])
+    if args.rows is None:
+        in_sum = [vars(line) for line in summary(results, setting)]
+        results["in sum"] = {"lines": in_sum, "numbers": {}}
+        print_lines("in sum", in_sum)
 
     content = {"machine": machine(device), "minutes": (time.monotonic() - started) / 60, "rows": results}
     write_json(args.out / "gpu_check.json", content)
     (args.out / "gpu_check.md").write_text(table(device, results), encoding="utf-8")
     print(f"\n{content['minutes']:.1f} minutes; the table and the logs are in {args.out}")
     failed = [name for name, result in results.items() if has_failed(result)]
+    if late:
+        print(f"not run for lack of time, which --minutes gives: {', '.join(late)}")
     if failed:
         print(f"failed: {', '.join(failed)}")
+    if failed or late:
         sys.exit(1)
 
 
@@ -88,6 +110,51 @@ def parse_arguments():
     option("--rows", nargs="+", metavar="ROW", help="Only these rows of the table. Default: all.")
     option("--row", help=argparse.SUPPRESS)  # run this row only, and write its result: a process of main
     return parser.parse_args()
+
+
+# ---- The rows --------------------------------------------------------------------------------------------
+
+
+def rows_of(setting: Setting) -> dict:
+    """{name: row}, in the order in which they run: what matters most comes first."""
+    largest = setting.largest
+    rows = {
+        "precision": partial(gpu_correct.precision, setting, False),
+        "generation with a cache": partial(gpu_correct.cached_generation, setting),
+        "compilation": partial(gpu_correct.compilation, setting),
+        "waiting for the GPU": partial(gpu_correct.waits_of_a_step, setting),
+        "out of memory": partial(gpu_correct.out_of_memory, setting),
+        "torchrun": partial(gpu_correct.one_process_under_torchrun, setting),
+        "bases": partial(gpu_correct.bases, setting),
+        "matrix product": partial(gpu_speed.matrix_product, setting),
+    }
+    for kind in (OBVIOUS, OURS, COMPILED, COMPILED_RECOMPUTED):
+        rows[step_name(largest, kind)] = partial(gpu_speed.training_step, setting, largest, kind)
+    rows["a run that is killed"] = partial(gpu_correct.killed_run, setting)
+    for batch_size in (1, 8):
+        name = f"generation, batch of {batch_size}"
+        rows[name] = partial(gpu_speed.generation_speed, setting, batch_size)
+    for kind in (COMPILED_PATCH, COMPILED_DISTILLED, COMPILED_STATIC, RECOMPUTED, STATIC):
+        rows[step_name(largest, kind)] = partial(gpu_speed.training_step, setting, largest, kind)
+    rows["where the time goes"] = partial(gpu_speed.profile, setting)
+    rows["precision, compiled"] = partial(gpu_correct.precision, setting, True)
+    rows["cuDNN's attention"] = partial(gpu_speed.step_with_cudnn, setting)
+    for model in setting.models[:-1]:
+        for kind in (OURS, COMPILED):
+            rows[step_name(model, kind)] = partial(gpu_speed.training_step, setting, model, kind)
+
+    if not setting.on_cuda:
+        need_cuda = ["waiting for the GPU", "out of memory", "where the time goes", "cuDNN's attention"]
+        # Each row that compiles takes a minute on a CPU: that of COMPILED is enough.
+        need_cuda.append("precision, compiled")
+        for kind in (COMPILED_RECOMPUTED, COMPILED_PATCH, COMPILED_DISTILLED, COMPILED_STATIC):
+            need_cuda.append(step_name(largest, kind))
+        rows.update(dict.fromkeys(need_cuda, needs_a_gpu))
+    return rows
+
+
+def needs_a_gpu():
+    return [Line("", "needs a CUDA GPU", NOT_RUN)], {}
 
 
 def chosen_rows(chosen: list[str] | None, setting: Setting) -> list[str]:
@@ -123,16 +190,16 @@ def result_of(name: str, setting: Setting, out: Path) -> dict:
             code = process.wait(ROW_SECONDS)
         except subprocess.TimeoutExpired:
             code = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end(process)
+        except BaseException:  # Ctrl-C ends the row too
+            end(process)
+            raise
 
     if code is None:
-        return no_result(FAILED, f"not done after {ROW_SECONDS} seconds; see {log}")
+        return no_result(f"not done after {ROW_SECONDS} seconds; see {log}")
     if code != 0:
         last_line = log.read_text(errors="replace").strip().splitlines()[-1:]
-        return no_result(FAILED, f"{''.join(last_line)[:200]}; see {log}")
+        return no_result(f"{''.join(last_line)[:200]}; see {log}")
     path = result_file(name, out)
     result = json.loads(path.read_text())
     path.unlink()
@@ -145,7 +212,17 @@ def result_file(name: str, out: Path) -> Path:
     return out / f"{'-'.join(words)}.json"
 
 
-def no_result(verdict: str, reason: str) -> dict:
+def end(process: subprocess.Popen):
+    """End a row and all that it has started. torchrun passes SIGTERM on to processes that we do not know."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def no_result(reason: str, verdict=FAILED) -> dict:
     """The result of a row that gave none."""
     return {"lines": [vars(Line("", reason, verdict))], "numbers": {}}
 
@@ -167,7 +244,7 @@ def machine(device) -> dict:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         description["device"] = properties.name
-        description["memory"] = properties.total_memory
+        description["memory"] = f"{properties.total_memory / 1e9:.1f} GB"
         description["compute capability"] = f"{properties.major}.{properties.minor}"
         description["cuda"] = torch.version.cuda
     else:

@@ -9,16 +9,16 @@ from helpers import assert_refused_at_once, run
 
 from experiments import gpu_check
 from experiments.contestants import COMPILED, COMPILED_RECOMPUTED, OBVIOUS, OURS, flops_per_token
-from experiments.gpu_rows import (
-    FAILED,
-    MEASURED,
-    NOT_RUN,
-    OK,
-    Setting,
+from experiments.gpu_check import needs_a_gpu, rows_of
+from experiments.gpu_setting import FAILED, MEASURED, NOT_RUN, OK, Setting
+from experiments.gpu_speed import (
+    FIRST_LOSSES,
+    PEAK,
+    PEAK_RECOMPUTED,
+    SHARE,
+    SPEED,
     generation_speed,
     matrix_product,
-    needs_a_gpu,
-    rows_of,
     step_name,
     summary,
     training_step,
@@ -59,12 +59,12 @@ def test_a_row_that_fails_is_named_and_the_next_one_goes_on(tmp_path):
     no_folder = tmp_path / "file"
     no_folder.write_text("")
     result = check(
-        "--rows", "torchrun", "tiny, bases", "--out", tmp_path, env={"XDG_CACHE_HOME": str(no_folder / "x")}
+        "--rows", "torchrun", "bases", "--out", tmp_path, env={"XDG_CACHE_HOME": str(no_folder / "x")}
     )
     assert result.returncode == 1
     assert result.stdout.endswith("failed: torchrun\n")
     assert verdicts_in(tmp_path)["torchrun"] == {FAILED}
-    assert OK in verdicts_in(tmp_path)["tiny, bases"]
+    assert OK in verdicts_in(tmp_path)["bases"]
     assert "cannot be written" in (tmp_path / "torchrun.log").read_text()
 
 
@@ -75,10 +75,11 @@ def test_a_row_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, m
     assert "not done after 0.5 seconds" in result["lines"][0]["result"]
 
 
-def test_rows_do_not_begin_after_the_time_is_up(tmp_path):
-    result = check("--minutes", "0", "--out", tmp_path)
-    assert result.returncode == 0
-    assert set().union(*verdicts_in(tmp_path).values()) == {NOT_RUN}
+def test_a_row_that_has_no_time_left_has_not_passed(tmp_path):
+    result = check("--minutes", "0", "--rows", "matrix product", "--out", tmp_path)
+    assert result.returncode == 1
+    assert verdicts_in(tmp_path) == {"matrix product": {NOT_RUN}}
+    assert result.stdout.endswith("which --minutes gives: matrix product\n")
 
 
 @pytest.mark.parametrize(
@@ -102,33 +103,53 @@ class LargeGPU(Setting):
     """The setting of a GPU that trains Qwen2.5-3B."""
 
     models = ["0.5B", "3B"]
+    is_large = True
+
+
+LARGE_GPU = LargeGPU(torch.device("cuda"), small=False)
+RATE = 1e14
+LEAST_SPEED = 0.45 * RATE / flops_per_token(SIZES["3B"].config)  # tokens per second
+
+
+def numbers_of_steps(times_the_least: float, times_the_obvious: float, peak: float, recomputed_peak: float):
+    """What summary() needs, of steps with these speeds and peaks in bytes."""
+    speed = times_the_least * LEAST_SPEED
+    numbers = {
+        "matrix product": {"rate": RATE},
+        step_name("3B", OBVIOUS): {"tokens/s": speed / times_the_obvious},
+        step_name("3B", OURS): {"tokens/s": speed / 1.5, "first loss": 12.0},
+        step_name("3B", COMPILED): {"tokens/s": speed, "first loss": 12.01, "peak": peak},
+        step_name("3B", COMPILED_RECOMPUTED): {"tokens/s": speed, "peak": recomputed_peak},
+    }
+    return {row: {"numbers": content} for row, content in numbers.items()}
+
+
+def verdicts_of(results: dict) -> dict[str, str]:
+    return {line.what.removeprefix("3B, "): line.verdict for line in summary(results, LARGE_GPU)}
 
 
 @pytest.mark.parametrize(
-    "share, times, gigabytes, verdict",
-    [(0.46, 2.1, 11.9, OK), (0.44, 2.1, 11.9, FAILED), (0.46, 1.9, 11.9, FAILED), (0.46, 2.1, 12.1, FAILED)],
+    "numbers, failed",
+    [
+        ((1.01, 2.1, 11.9e9, 4.9e9), None),
+        ((0.99, 2.1, 11.9e9, 4.9e9), SHARE),
+        ((1.01, 1.9, 11.9e9, 4.9e9), SPEED),
+        ((1.01, 2.1, 12.1e9, 4.9e9), PEAK),
+        ((1.01, 2.1, 11.9e9, 5.1e9), PEAK_RECOMPUTED),
+    ],
 )
-def test_what_is_asked_of_the_papers_model_is_checked(share, times, gigabytes, verdict):
-    rate = 1e14
-    speed = share * rate / flops_per_token(SIZES["3B"].config)
-
-    def numbers(**content):
-        return {"numbers": content}
-
-    results = {
-        "matrix product": numbers(rate=rate),
-        step_name("3B", OBVIOUS): numbers(**{"tokens/s": speed / times}),
-        step_name("3B", OURS): numbers(**{"tokens/s": speed / 1.5, "first loss": 12.0}),
-        step_name("3B", COMPILED): numbers(
-            **{"tokens/s": speed, "first loss": 12.01, "peak": gigabytes * 1e9}
-        ),
-        step_name("3B", COMPILED_RECOMPUTED): numbers(**{"tokens/s": speed, "peak": 4.9e9}),
-    }
-    lines = summary(results, LargeGPU(torch.device("cuda"), small=False))
-    found = {line["verdict"] for line in lines}
-    assert found == ({OK} if verdict == OK else {OK, FAILED})
-    assert sum(line["verdict"] == FAILED for line in lines) == (verdict == FAILED)
+def test_what_is_asked_of_the_papers_model_is_checked(numbers, failed):
+    verdicts = verdicts_of(numbers_of_steps(*numbers))
+    assert set(verdicts) == {SHARE, SPEED, FIRST_LOSSES, PEAK, PEAK_RECOMPUTED}
+    for what, verdict in verdicts.items():
+        assert verdict == (FAILED if what == failed else OK), what
 
 
-def test_a_check_without_any_result_has_an_empty_sum():
-    assert summary({}, LargeGPU(torch.device("cuda"), small=False)) == []
+def test_a_compiled_step_with_another_loss_fails():
+    results = numbers_of_steps(1.01, 2.1, 11.9e9, 4.9e9)
+    results[step_name("3B", COMPILED)]["numbers"]["first loss"] = 13.0
+    assert verdicts_of(results)[FIRST_LOSSES] == FAILED
+
+
+def test_what_could_not_be_compared_is_named():
+    assert verdicts_of({}) == dict.fromkeys((SHARE, SPEED, FIRST_LOSSES, PEAK, PEAK_RECOMPUTED), NOT_RUN)
