@@ -79,13 +79,13 @@ class HeadLoss(torch.autograd.Function):
 
         for start in range(0, len(h), HeadLoss.CHUNK):
             chunk = slice(start, start + HeadLoss.CHUNK)
-            log_p = F.linear(h[chunk], head).log_softmax(-1, dtype=loss.dtype)  # [chunk, V]
+            log_p = promote(F.linear(h[chunk], head)).log_softmax(-1)  # [chunk, V]
             target = targets[chunk, None].clamp(min=0)  # [chunk, 1]
             log_p_target = log_p.gather(1, target)  # [chunk, 1]
             loss -= weight[chunk] @ log_p_target.squeeze(1) * (1 - a)
             p_full = None
             if a > 0:
-                p_full = F.linear(full_h[chunk], head).softmax(-1, dtype=loss.dtype)  # [chunk, V]
+                p_full = promote(F.linear(full_h[chunk], head)).softmax(-1)  # [chunk, V]
                 loss -= weight[chunk] @ (p_full * log_p).sum(-1) * a
 
             if ctx.needs_input_grad[0]:

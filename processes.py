@@ -125,7 +125,8 @@ class StopSignals:
         if self.received and number == signal.SIGINT and not UNDER_TORCHRUN:
             sys.exit(128 + number)
         if not self.received and RANK == 0:
-            self._say("\nstopping after this step; a second Ctrl-C ends at once, without saving it\n")
+            more = "" if UNDER_TORCHRUN else "; a second Ctrl-C ends at once, without saving it"
+            self._say(f"\nstopping after this step{more}\n")
         self.received.append(number)
 
     def _say(self, message: str):

@@ -243,19 +243,19 @@ def model_and_loss(kind: Kind, qwen: Qwen):
 
 
 def training(model, loss_of, batch_size: int, seq_len: int):
-    """A function that takes one whole training step and returns its loss."""
+    """A function that takes one whole training step and returns its loss and the norm of its gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = None if isinstance(model, Obvious) else True
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=fused)
     ids, targets = random_tokens(2, batch_size, seq_len).to(parameters[0].device)
 
-    def training_step() -> float:
+    def training_step() -> tuple[float, float]:
         loss = loss_of(ids, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.item(), norm.item()
 
     return training_step
 

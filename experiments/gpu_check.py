@@ -77,15 +77,15 @@ def main():
             result = result_of(name, setting, args.out)
         results[name] = result
         print_lines(name, result["lines"])
+        write_results(results, device, args.out)
     if args.rows is None:
         in_sum = [vars(line) for line in summary(results, setting)]
         results["in sum"] = {"lines": in_sum, "numbers": {}}
         print_lines("in sum", in_sum)
 
-    content = {"machine": machine(device), "minutes": (time.monotonic() - started) / 60, "rows": results}
-    write_json(args.out / "gpu_check.json", content)
-    (args.out / "gpu_check.md").write_text(table(device, results), encoding="utf-8")
-    print(f"\n{content['minutes']:.1f} minutes; the table and the logs are in {args.out}")
+    write_results(results, device, args.out)
+    minutes = (time.monotonic() - started) / 60
+    print(f"\n{minutes:.1f} minutes; the table and the logs are in {args.out}")
     failed = [name for name, result in results.items() if has_failed(result)]
     if late:
         print(f"not run for lack of time, which --minutes gives: {', '.join(late)}")
@@ -171,7 +171,13 @@ def chosen_rows(chosen: list[str] | None, setting: Setting) -> list[str]:
 
 def run_row(name: str, setting: Setting, out: Path):
     """Run one row in this process, and write its result, a file of its own in `out`."""
-    lines, numbers = rows_of(setting)[name]()
+    try:
+        lines, numbers = rows_of(setting)[name]()
+    except torch.OutOfMemoryError as error:
+        print(error)
+        verdict = FAILED if setting.is_large else NOT_RUN
+        lines = [Line("", "needs more memory than this GPU has", verdict)]
+        numbers = {}
     write_json(result_file(name, out), {"lines": [vars(line) for line in lines], "numbers": numbers})
 
 
@@ -229,6 +235,12 @@ def no_result(reason: str, verdict=FAILED) -> dict:
 
 def has_failed(result: dict) -> bool:
     return any(line["verdict"] == FAILED for line in result["lines"])
+
+
+def write_results(results: dict, device, out: Path):
+    """Write the table and the numbers so far."""
+    write_json(out / "gpu_check.json", {"machine": machine(device), "rows": results})
+    (out / "gpu_check.md").write_text(table(device, results), encoding="utf-8")
 
 
 # ---- The table -------------------------------------------------------------------------------------------

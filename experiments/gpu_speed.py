@@ -32,9 +32,9 @@ from experiments.contestants import (
     seconds_of,
     training,
 )
-from experiments.gpu_setting import MEASURED, NOT_RUN, TOLERANCE, Line, Setting, verdict
+from experiments.gpu_setting import MEASURED, NOT_RUN, Line, Setting, name_of, verdict
 from fast import recompute_activations
-from memory import meta_twin, training_peak
+from memory import MARGIN, meta_twin, training_peak
 from ouroboros import Ouroboros
 
 BATCH_SIZE = 2  # the sequences of a training step
@@ -47,6 +47,10 @@ LEAST_SPEED = 2.0  # times the obvious way
 MOST_MEMORY = 12e9  # bytes
 MOST_MEMORY_RECOMPUTED = 5e9
 
+# Relative, in bfloat16, of a first step that is compiled and one that is not.
+LARGEST_CHANGE_OF_LOSS = 1e-3
+LARGEST_CHANGE_OF_NORM = 0.05
+
 
 def step_name(model: str, kind: Kind) -> str:
     return f"{model}, a step, {kind.name}"
@@ -55,8 +59,7 @@ def step_name(model: str, kind: Kind) -> str:
 def matrix_product(setting: Setting):
     """The rate of a large matrix product alone, with which that of a step is compared."""
     rate = matrix_rate(setting.device, setting.dtype)
-    type_name = str(setting.dtype).removeprefix("torch.")
-    return [Line(type_name, f"{rate / 1e12:.3g} TFLOP/s", MEASURED)], {"rate": rate}
+    return [Line(name_of(setting.dtype), f"{rate / 1e12:.3g} TFLOP/s", MEASURED)], {"rate": rate}
 
 
 def training_step(setting: Setting, name: str, kind: Kind):
@@ -64,11 +67,7 @@ def training_step(setting: Setting, name: str, kind: Kind):
     needs = what_is_missing(setting, kind)
     if needs:
         return [Line("", f"needs {needs}", NOT_RUN)], {}
-    try:
-        return timed_step(setting, name, kind)
-    except torch.OutOfMemoryError as error:
-        print(error)
-        return [Line("", "needs more memory than this GPU has", NOT_RUN)], {}
+    return timed_step(setting, name, kind)
 
 
 def what_is_missing(setting: Setting, kind: Kind) -> str | None:
@@ -84,27 +83,35 @@ def timed_step(setting: Setting, name: str, kind: Kind):
     model, loss_of = model_and_loss(kind, load_model(name, setting.device, setting.dtype))
     step = training(model, loss_of, BATCH_SIZE, setting.seq_len)
     started = time.perf_counter()
-    first_loss = step()
+    first_loss, first_norm = step()
     seconds_to_first = time.perf_counter() - started
     step()
     rounds = 3 if setting.small else 10
     seconds = median(seconds_of(step, setting.device) for _ in range(rounds))
     tokens_per_s = BATCH_SIZE * setting.seq_len / seconds
 
-    numbers = {"tokens/s": tokens_per_s, "first loss": first_loss, "seconds to first": seconds_to_first}
+    numbers = {
+        "tokens/s": tokens_per_s,
+        "first loss": first_loss,
+        "first gradient norm": first_norm,
+        "seconds to first": seconds_to_first,
+    }
     result = f"{tokens_per_s:,.0f} tokens/s"
     if kind.compiled:
         result += f" after {seconds_to_first:.0f} s for the first step"
     lines = [Line("", result, MEASURED)]
     if setting.on_cuda:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         step()
         numbers["peak"] = torch.cuda.max_memory_allocated()
-        result = f"{numbers['peak'] / 1e9:.2f} GB with the weights"
+        lines.append(Line("peak memory", f"{numbers['peak'] / 1e9:.2f} GB with the weights", MEASURED))
         if not kind.obvious:
-            numbers["counted"] = counted_peak(model, kind, setting)
-            result += f"; counted {numbers['counted'] / 1e9:.2f} GB, without torch.compile"
-        lines.append(Line("peak memory", result, MEASURED))
+            counted = counted_peak(model, kind, setting)
+            reserved = torch.cuda.max_memory_reserved()  # with what lies between the tensors
+            result = f"{reserved / 1e9:.2f} GB are taken from the GPU, {counted / 1e9:.2f} GB were counted"
+            holds = reserved <= MARGIN * counted or setting.small  # what a small step takes is mostly fixed
+            lines.append(Line("memory counted beforehand", result, verdict(holds)))
     return lines, numbers
 
 
@@ -118,6 +125,8 @@ def counted_peak(model, kind: Kind, setting: Setting) -> int:
 
 def step_with_cudnn(setting: Setting):
     """The compiled step with the attention of cuDNN where it takes the inputs. device.py switches it off."""
+    if setting.dtype != torch.bfloat16:
+        return [Line("", "needs bfloat16", NOT_RUN)], {}
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     with sdpa_kernel(backends, set_priority=True):
         lines, numbers = training_step(setting, setting.largest, COMPILED)
@@ -168,7 +177,7 @@ def generation_speed(setting: Setting, batch_size: int):
 
 SHARE = "share of the matrix rate"
 SPEED = "beside the obvious way"
-FIRST_LOSSES = "first losses, compiled and not"
+FIRST_STEP = "the first step, compiled and not"
 PEAK = "peak memory, compiled"
 PEAK_RECOMPUTED = "peak memory, compiled, with activation checkpointing"
 
@@ -194,9 +203,10 @@ def summary(results: dict, setting: Setting) -> list[Line]:
         times = compiled["tokens/s"] / obvious["tokens/s"]
         found[SPEED] = (f"{times:.2f} times as fast", times >= LEAST_SPEED)
     if compiled and ours:
-        difference = abs(compiled["first loss"] / ours["first loss"] - 1)
-        holds = difference < TOLERANCE[torch.bfloat16]
-        found[FIRST_LOSSES] = (f"differ by {difference:.1e} of their size", holds)
+        loss = abs(compiled["first loss"] / ours["first loss"] - 1)
+        norm = abs(compiled["first gradient norm"] / ours["first gradient norm"] - 1)
+        holds = loss < LARGEST_CHANGE_OF_LOSS and norm < LARGEST_CHANGE_OF_NORM
+        found[FIRST_STEP] = (f"its loss differs by {loss:.1e}, its gradient norm by {norm:.1e}", holds)
     if "peak" in compiled:
         found[PEAK] = (f"{compiled['peak'] / 1e9:.2f} GB", compiled["peak"] <= MOST_MEMORY)
     if "peak" in recomputed:
@@ -204,12 +214,13 @@ def summary(results: dict, setting: Setting) -> list[Line]:
         found[PEAK_RECOMPUTED] = (f"{recomputed['peak'] / 1e9:.2f} GB", holds)
 
     lines = []
-    for what in (SHARE, SPEED, FIRST_LOSSES, PEAK, PEAK_RECOMPUTED):
+    for what in (SHARE, SPEED, FIRST_STEP, PEAK, PEAK_RECOMPUTED):
         if what not in found:
             lines.append(Line(f"{model}, {what}", "needs a row that has not run", NOT_RUN))
             continue
         result, holds = found[what]
-        lines.append(Line(f"{model}, {what}", result, verdict(holds) if setting.is_large else MEASURED))
+        is_asked = setting.is_large or what == FIRST_STEP
+        lines.append(Line(f"{model}, {what}", result, verdict(holds) if is_asked else MEASURED))
 
     for kind, static in ((OURS, STATIC), (COMPILED, COMPILED_STATIC)):
         if steps[kind] and steps[static]:
