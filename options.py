@@ -225,7 +225,7 @@ def build_parser(defaults: dict) -> argparse.ArgumentParser:
         machine,
         "--activation-checkpointing",
         "Compute activations again in the backward pass instead of keeping them: less memory, more time. "
-        "Default: auto. By itself, it is on for a CUDA GPU in which a training step would not fit otherwise.",
+        "Default: auto. That is on where a training step would not fit into a CUDA GPU otherwise.",
         action=argparse.BooleanOptionalAction,
     )
     option(
@@ -292,8 +292,8 @@ def new_run_options(arguments: list[str], given) -> argparse.Namespace:
     options.warmup = fitting_warmup(options.warmup, options.steps)
     if given.model is None and options.model == SMALL_MODEL and RANK == 0:
         print(
-            f"{SMALL_MODEL} is the default on this GPU, because {PAPER_MODEL} asks for 12 GB of memory and "
-            f"native bfloat16; --model {PAPER_MODEL} takes it even so"
+            f"{SMALL_MODEL} is the default on this GPU ({gpu}), because {PAPER_MODEL} asks for 12 GB of "
+            f"memory and native bfloat16; --model {PAPER_MODEL} takes it even so"
         )
     return options
 

@@ -51,6 +51,10 @@ class GPU:
     memory: int  # all of it, in bytes
     multiplies_bfloat16: bool  # natively
 
+    def __str__(self) -> str:
+        bfloat16 = "native bfloat16" if self.multiplies_bfloat16 else "no native bfloat16"
+        return f"{self.memory / 1e9:.1f} GB, {bfloat16}"
+
 
 def default_model(gpu: GPU | None) -> str:
     """The model that a GPU can train. None: there is no CUDA GPU."""

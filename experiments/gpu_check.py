@@ -47,6 +47,7 @@ from experiments.contestants import (
 from experiments.gpu_setting import FAILED, NOT_RUN, Line, Setting
 from experiments.gpu_speed import step_name, summary
 from files import UserError, exit_on_user_error, write_json
+from run_folder import claim_new_folder
 
 COLUMNS = ("check", "result", "verdict")
 ROW_SECONDS = 400  # a row that takes longer is ended
@@ -55,6 +56,9 @@ SECONDS_TO_END = 30  # that its programs get to end themselves
 
 def main():
     args = parse_arguments()
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that a row ends what it began
     device = pick_device(args.device)
     if device.type != "cuda" and not args.small:
         raise UserError(f"{device}: only a CUDA GPU runs the large models; add --small")
@@ -63,34 +67,36 @@ def main():
         run_row(args.row, setting, args.out)
         return
 
+    names = chosen_rows(args.rows, setting)
+    out = claim_new_folder(args.out, "gpu-check")
     started = time.monotonic()
     print(machine_name(device), flush=True)
     print_row(COLUMNS)
     print_row(["---"] * len(COLUMNS))
     results = {}  # {row: its result}
     late = []  # the rows that had no time
-    for name in chosen_rows(args.rows, setting):
+    for name in names:
         if time.monotonic() - started > 60 * args.minutes:
             result = no_result(f"not begun: the {args.minutes:g} minutes were over", NOT_RUN)
             late.append(name)
         else:
-            result = result_of(name, setting, args.out)
+            result = result_of(name, setting, out)
         results[name] = result
         print_lines(name, result["lines"])
-        write_results(results, device, args.out)
+        write_results(results, device, out)
     if args.rows is None:
         in_sum = [vars(line) for line in summary(results, setting)]
         results["in sum"] = {"lines": in_sum, "numbers": {}}
         print_lines("in sum", in_sum)
 
-    write_results(results, device, args.out)
+    write_results(results, device, out)
     minutes = (time.monotonic() - started) / 60
-    print(f"\n{minutes:.1f} minutes; the table and the logs are in {args.out}")
+    print(f"\n{minutes:.1f} minutes; the table and the logs are in {out}")
     failed = [name for name, result in results.items() if has_failed(result)]
     if late:
-        print(f"not run for lack of time, which --minutes gives: {', '.join(late)}")
+        print(f"not run for lack of time, which --minutes gives: {'; '.join(late)}")
     if failed:
-        print(f"failed: {', '.join(failed)}")
+        print(f"failed: {'; '.join(failed)}")
     if failed or late:
         sys.exit(1)
 
@@ -98,18 +104,21 @@ def main():
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     option = parser.add_argument
-    option("--device", default="cuda", help="cuda, cuda:1, or cpu with --small. Default: cuda.")
+    option("--device", default="auto", help="cuda, cuda:1, or cpu with --small. Default: the GPU.")
     option("--small", action="store_true", help="Only tiny, with short sequences and few steps.")
     option("--minutes", type=float, default=10, help="No row begins after so many minutes. Default: 10.")
     option(
         "--out",
         type=Path,
         default=Path("gpu-check"),
-        help="The folder for the table, the numbers and the logs. Default: gpu-check.",
+        help="The empty folder for the table, the numbers and the logs. Default: gpu-check.",
     )
-    option("--rows", nargs="+", metavar="ROW", help="Only these rows of the table. Default: all.")
+    option("--rows", nargs="+", metavar="ROW", help="Only the rows with these names. Default: all.")
     option("--row", help=argparse.SUPPRESS)  # run this row only, and write its result: a process of main
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.minutes >= 0:
+        raise UserError(f"--minutes {args.minutes}: give a number from 0")
+    return args
 
 
 # ---- The rows --------------------------------------------------------------------------------------------
@@ -162,7 +171,8 @@ def chosen_rows(chosen: list[str] | None, setting: Setting) -> list[str]:
     names = list(rows_of(setting))
     for name in chosen or []:
         if name not in names:
-            raise UserError(f"--rows {name!r}: no such row; there are {', '.join(names)}")
+            choices = "; ".join(names)
+            raise UserError(f"--rows {name!r}: no such row; there are: {choices}")
     return chosen or names
 
 
@@ -183,8 +193,6 @@ def run_row(name: str, setting: Setting, out: Path):
 
 def result_of(name: str, setting: Setting, out: Path) -> dict:
     """The result of a row that runs in a process of its own: {"lines": [...], "numbers": {...}}."""
-    out.mkdir(parents=True, exist_ok=True)
-    result_file(name, out).unlink(missing_ok=True)
     command = [sys.executable, __file__, "--row", name, "--device", str(setting.device), "--out", str(out)]
     if setting.small:
         command.append("--small")

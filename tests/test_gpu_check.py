@@ -65,14 +65,13 @@ def test_only_what_needs_a_gpu_is_left_out_on_a_cpu():
 def test_a_row_that_fails_is_named_and_the_next_one_goes_on(tmp_path):
     no_folder = tmp_path / "file"
     no_folder.write_text("")
-    result = check(
-        "--rows", "torchrun", "bases", "--out", tmp_path, env={"XDG_CACHE_HOME": str(no_folder / "x")}
-    )
+    out = tmp_path / "out"
+    result = check("--rows", "torchrun", "bases", "--out", out, env={"XDG_CACHE_HOME": str(no_folder / "x")})
     assert result.returncode == 1
     assert result.stdout.endswith("failed: torchrun\n")
-    assert verdicts_in(tmp_path)["torchrun"] == {FAILED}
-    assert OK in verdicts_in(tmp_path)["bases"]
-    assert "cannot be written" in (tmp_path / "torchrun.log").read_text()
+    assert verdicts_in(out)["torchrun"] == {FAILED}
+    assert OK in verdicts_in(out)["bases"]
+    assert "cannot be written" in (out / "torchrun.log").read_text()
 
 
 def test_a_row_that_takes_too_long_is_ended(tmp_path, monkeypatch):
@@ -92,8 +91,10 @@ def test_a_row_that_has_no_time_left_has_not_passed(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--rows", "speed"], "--rows 'speed': no such row; there are "),
+        (["--rows", "speed"], "--rows 'speed': no such row; there are: precision; "),
         (["--device", "tpu"], "--device tpu: cannot be used"),
+        (["--minutes", "-1"], "--minutes -1.0: give a number from 0"),
+        (["--minutes", "nan"], "--minutes nan: give a number from 0"),
     ],
     ids=str,
 )
@@ -101,8 +102,16 @@ def test_a_wrong_argument_is_refused_in_one_line(arguments, message, tmp_path):
     assert_refused_at_once(check(*arguments, "--out", tmp_path), message)
 
 
+def test_an_earlier_table_is_never_overwritten(tmp_path):
+    earlier = tmp_path / "gpu_check.md"
+    earlier.write_text("an earlier table")
+    result = check("--rows", "bases", "--out", tmp_path)
+    assert_refused_at_once(result, f"{tmp_path}: is there already, and nothing saved is overwritten")
+    assert earlier.read_text() == "an earlier table"
+
+
 def test_the_large_models_need_a_gpu(tmp_path):
-    result = run("experiments/gpu_check.py", "--device", "cpu", "--out", tmp_path)
+    result = run("experiments/gpu_check.py", "--out", tmp_path)
     assert_refused_at_once(result, "cpu: only a CUDA GPU runs the large models; add --small")
 
 

@@ -327,7 +327,11 @@ def test_the_default_model_is_the_one_that_the_gpu_can_train(
         assert lines == []
     else:
         (line,) = lines
-        assert line.startswith(f"{SMALL_ONE} is the default on this GPU, because {LARGE} asks for 12 GB")
+        has = "native bfloat16" if multiplies_bfloat16 else "no native bfloat16"
+        start = (
+            f"{SMALL_ONE} is the default on this GPU ({memory / 1e9:.1f} GB, {has}), because {LARGE} asks for"
+        )
+        assert line.startswith(start)
 
 
 def test_only_the_first_process_speaks_of_the_smaller_model_and_only_where_it_was_not_asked_for(
