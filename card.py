@@ -7,6 +7,7 @@ between two lines of three dashes.
 import re
 from pathlib import Path
 
+from device import name_of
 from files import UserError, replace_file
 from hub import BUILT_IN, is_hub_name, locate
 from ouroboros import Ouroboros
@@ -170,7 +171,7 @@ def licence_sentence(licence: dict[str, str]) -> str:
 def settings_table(model: Ouroboros, options) -> list[list[str]]:
     """The rows of all options that decide what was trained, without the places of model and text."""
     settings = {**vars(options), **model.settings}
-    settings["dtype"] = str(model.norm.weight.dtype).removeprefix("torch.")
+    settings["dtype"] = name_of(model.norm.weight.dtype)
     rows = [["setting", "value"]]
     for name, value in settings.items():
         if name not in NOT_IN_NAME and name != "text_hash":

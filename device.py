@@ -70,6 +70,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a number type in options and tables, such as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 natively: CUDA since Ampere, and a CPU that Linux says can."""
     if device.type == "cuda":

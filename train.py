@@ -28,7 +28,7 @@ from card import write_card
 from checkpoint import newest_good_checkpoint, optimizer_tensors, prune_checkpoints, restore_optimizer
 from continuations import print_continuations, save_continuations
 from data import Batches
-from device import free_memory, pick_device, pick_dtype
+from device import free_memory, name_of, pick_device, pick_dtype
 from estimates import mean_loss
 from evaluate import EVALUATION_SEED, evaluate, evaluate_baselines, evaluate_columns
 from fast import compile_blocks, keep_freed_memory, recompute_activations, run_compiler
@@ -89,8 +89,7 @@ def main():
     keep_freed_memory()
     join_processes(device, options.batch_size * options.accumulation)  # those that torchrun started
     torch.manual_seed(options.seed)
-    type_name = str(dtype).removeprefix("torch.")
-    print(f"{Path(options.model).name} on {Path(options.data).name}, {device}, {type_name}", flush=True)
+    print(f"{Path(options.model).name} on {Path(options.data).name}, {device}, {name_of(dtype)}", flush=True)
     announce_download(options)
 
     # ---- Text ----------------------------------------------------------------------------------------------

@@ -51,8 +51,7 @@ from fast import keep_freed_memory
 from files import UserError, exit_on_user_error
 
 NEW_TOKENS = 64  # generated after as many tokens of a prompt
-OUR_GENERATION = Kind("this project")
-THEIR_GENERATION = Kind("transformers", obvious=True)
+TRANSFORMERS = Kind("transformers", obvious=True)  # in generation
 
 # ---- What the contestants do -----------------------------------------------------------------------------
 
@@ -223,9 +222,9 @@ def print_generation_table(args, device, dtype):
     print(f"\nGeneration of {NEW_TOKENS} tokens after {NEW_TOKENS}, the plain Qwen\n")
     print("| batch | transformers | this project | |\n|---|---|---|---|")
     for batch_size in (1, 8):
-        results = compete(generation_of, [THEIR_GENERATION, OUR_GENERATION], args, device, dtype, batch_size)
-        theirs = NEW_TOKENS * batch_size / results[THEIR_GENERATION].seconds
-        ours = NEW_TOKENS * batch_size / results[OUR_GENERATION].seconds
+        results = compete(generation_of, [TRANSFORMERS, OURS], args, device, dtype, batch_size)
+        theirs = NEW_TOKENS * batch_size / results[TRANSFORMERS].seconds
+        ours = NEW_TOKENS * batch_size / results[OURS].seconds
         print(f"| {batch_size} | {theirs:.0f} tokens/s | {ours:.0f} tokens/s | {ours / theirs:.2f}x |")
 
 

@@ -46,7 +46,7 @@ from experiments.contestants import (
 )
 from experiments.gpu_setting import FAILED, NOT_RUN, Line, Setting
 from experiments.gpu_speed import step_name, summary
-from files import UserError, exit_on_user_error, write_json
+from files import UserError, exit_on_user_error, replace_file, write_json
 from run_folder import claim_new_folder
 
 COLUMNS = ("check", "result", "verdict")
@@ -56,9 +56,8 @@ SECONDS_TO_END = 30  # that its programs get to end themselves
 
 def main():
     args = parse_arguments()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that a row ends what it began
+    # SIGTERM ends the program as Ctrl-C does: by an exception, after which a row ends what it has begun.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     device = pick_device(args.device)
     if device.type != "cuda" and not args.small:
         raise UserError(f"{device}: only a CUDA GPU runs the large models; add --small")
@@ -88,8 +87,8 @@ def main():
         in_sum = [vars(line) for line in summary(results, setting)]
         results["in sum"] = {"lines": in_sum, "numbers": {}}
         print_lines("in sum", in_sum)
+        write_results(results, device, out)
 
-    write_results(results, device, out)
     minutes = (time.monotonic() - started) / 60
     print(f"\n{minutes:.1f} minutes; the table and the logs are in {out}")
     failed = [name for name, result in results.items() if has_failed(result)]
@@ -248,7 +247,8 @@ def has_failed(result: dict) -> bool:
 def write_results(results: dict, device, out: Path):
     """Write the table and the numbers so far."""
     write_json(out / "gpu_check.json", {"machine": machine(device), "rows": results})
-    (out / "gpu_check.md").write_text(table(device, results), encoding="utf-8")
+    text = table(device, results)
+    replace_file(out / "gpu_check.md", lambda part: part.write_text(text, encoding="utf-8"))
 
 
 # ---- The table -------------------------------------------------------------------------------------------

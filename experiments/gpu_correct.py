@@ -18,13 +18,14 @@ from statistics import mean, median
 import torch
 
 from data import Batches
+from device import name_of
 from experiments.contestants import (
     DEPTH,
     RANK_OF_LORA,
     config_of,
     random_tokens,
 )
-from experiments.gpu_setting import MEASURED, TOLERANCE, Line, Setting, name_of, verdict
+from experiments.gpu_setting import MEASURED, TOLERANCE, Line, Setting, verdict
 from fast import compile_blocks
 from hub import load_tokenizer
 from options import parse_options

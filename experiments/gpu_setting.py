@@ -74,9 +74,5 @@ class Setting:
         return 8 if self.small else 64
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def verdict(holds: bool) -> str:
     return OK if holds else FAILED

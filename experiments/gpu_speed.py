@@ -12,6 +12,7 @@ from statistics import median
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from device import name_of
 from experiments.contestants import (
     COMPILED,
     COMPILED_RECOMPUTED,
@@ -32,7 +33,7 @@ from experiments.contestants import (
     seconds_of,
     training,
 )
-from experiments.gpu_setting import MEASURED, NOT_RUN, Line, Setting, name_of, verdict
+from experiments.gpu_setting import MEASURED, NOT_RUN, Line, Setting, verdict
 from fast import recompute_activations
 from memory import MARGIN, meta_twin, training_peak
 from ouroboros import Ouroboros
@@ -67,21 +68,9 @@ def training_step(setting: Setting, name: str, kind: Kind):
     needs = what_is_missing(setting, kind)
     if needs:
         return [Line("", f"needs {needs}", NOT_RUN)], {}
-    return timed_step(setting, name, kind)
-
-
-def what_is_missing(setting: Setting, kind: Kind) -> str | None:
-    """What a kind of step needs that is not installed here."""
-    if kind.obvious and importlib.util.find_spec("transformers") is None:
-        return "transformers"
-    if kind.compiled and not setting.on_cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
-        return "a C++ compiler"
-    return None
-
-
-def timed_step(setting: Setting, name: str, kind: Kind):
     model, loss_of = model_and_loss(kind, load_model(name, setting.device, setting.dtype))
     step = training(model, loss_of, BATCH_SIZE, setting.seq_len)
+
     started = time.perf_counter()
     first_loss, first_norm = step()
     seconds_to_first = time.perf_counter() - started
@@ -101,18 +90,35 @@ def timed_step(setting: Setting, name: str, kind: Kind):
         result += f" after {seconds_to_first:.0f} s for the first step"
     lines = [Line("", result, MEASURED)]
     if setting.on_cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        numbers["peak"] = torch.cuda.max_memory_allocated()
-        lines.append(Line("peak memory", f"{numbers['peak'] / 1e9:.2f} GB with the weights", MEASURED))
-        if not kind.obvious:
-            counted = counted_peak(model, kind, setting)
-            reserved = torch.cuda.max_memory_reserved()  # with what lies between the tensors
-            result = f"{reserved / 1e9:.2f} GB are taken from the GPU, {counted / 1e9:.2f} GB were counted"
-            holds = reserved <= MARGIN * counted or setting.small  # what a small step takes is mostly fixed
-            lines.append(Line("memory counted beforehand", result, verdict(holds)))
+        memory_lines, numbers["peak"] = memory_of(step, model, kind, setting)
+        lines += memory_lines
     return lines, numbers
+
+
+def what_is_missing(setting: Setting, kind: Kind) -> str | None:
+    """What a kind of step needs that is not installed here."""
+    if kind.obvious and importlib.util.find_spec("transformers") is None:
+        return "transformers"
+    if kind.compiled and not setting.on_cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "a C++ compiler"
+    return None
+
+
+def memory_of(step, model, kind: Kind, setting: Setting):
+    """(lines, bytes) of the memory of a step on CUDA at its peak, beside what memory.py counts."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated()
+    reserved = torch.cuda.max_memory_reserved()  # with what lies between the tensors
+    lines = [Line("peak memory", f"{peak / 1e9:.2f} GB with the weights", MEASURED)]
+    if not kind.obvious:
+        counted = counted_peak(model, kind, setting)
+        result = f"{reserved / 1e9:.2f} GB are taken from the GPU, {counted / 1e9:.2f} GB were counted"
+        # what a small step takes is mostly workspaces, of one size for all steps
+        found = MEASURED if setting.small else verdict(reserved <= MARGIN * counted)
+        lines.append(Line("memory counted beforehand", result, found))
+    return lines, peak
 
 
 def counted_peak(model, kind: Kind, setting: Setting) -> int:
