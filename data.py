@@ -1,235 +1,135 @@
-"""Text -> tokens -> batches of (input, target): deterministic in the seed, and able to start again at any
-step.
+"""Text -> documents -> tokens -> batches: deterministic in the seed, and able to start again at any step.
 
-The tokens of a chunk of a source (sources.py) become a file in the cache when they are first needed.
-Sequence n of the training order is a function of source, seed and n alone.
+A text has two splits, "train" and "held-out"; "all" is both. A split is read in chunks, lists of documents,
+which become tokens when they are first needed, so training begins before all of a large text is tokens.
+Sequence n of the training order is a function of the text, the seed and n alone.
 """
 
+import gzip
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-import sources
-from files import UserError, cache_folder, explaining, replace_file
-from hub import END_OF_TEXT
-from processes import RANK
+from qwen import load_tokenizer
+from support.files import UserError, check_choice, fetch, reading
+from support.machine import progress
+from support.pretrained import END_OF_TEXT
 
-TOKEN_RULE = "marks in a text are text"  # part of the cache's key: change it when the tokens change
-ENCODED_AT_ONCE = 1_000_000  # characters
+CHUNK_CHARACTERS = 8_000_000  # of text in a chunk, about two million tokens
+EVALUATION_SEED = 2**32  # evaluation reads a text in an order of its own, which no --seed gives
 
 # ---- Tokens ----------------------------------------------------------------------------------------------
 
 
-class Count(NamedTuple):
-    """How much text a split has, as far as it was read."""
-
-    documents: int  # or parts of documents, where the split cuts them
-    tokens: int
-    sequences: int
-    is_all: bool  # False: the numbers are those of the first chunk
-
-
 class Tokens:
-    """The tokens of one split, "train" or "val", of a source, in chunks.
+    """The tokens of one split of a text: "train", "held-out" or "all", in chunks.
 
     An end-of-text token follows each document. What looks like a special token in a text is encoded as the
-    characters that it is written with.
-
-    Raises UserError if the tokenizer has no end-of-text token.
+    characters that it is written with. Raises UserError if the tokenizer has no end-of-text token.
     """
 
-    def __init__(self, source, split: str, tokenizer: Tokenizer):
-        self.source = source
-        self.split = split
+    def __init__(self, text, split: str, tokenizer: Tokenizer):
+        check_choice("split", split, ("train", "held-out", "all"))
+        self.name = f"{split} text of {text.name}"
+        self.tokenizer = tokenizer
+        self.plain_tokenizer = without_special_tokens(tokenizer)
         self.end_token = tokenizer.token_to_id(END_OF_TEXT)
         if self.end_token is None:
             raise UserError(
-                f"the tokenizer.json of this model has no {END_OF_TEXT} token, which ends a document; give "
-                "--model another model, such as one of Qwen2.5"
+                f"the tokenizer has no {END_OF_TEXT} token, which ends a document; name another model"
             )
-        self.largest_token = max(tokenizer.get_vocab().values())
-        self.dtype = np.uint16 if self.largest_token < 2**16 else np.uint32
-
-        serialized = tokenizer.to_str()
-        self.tokenizer = without_special_tokens(serialized)
-        identity = json.dumps([TOKEN_RULE, source.key, split, sources.CHUNK_CHARACTERS]) + serialized
-        self.folder = cache_folder() / hashlib.sha256(identity.encode()).hexdigest()[:24]
-        self.chunks = []  # the tokens of the chunks loaded so far, mapped from their files
-        self.complete = False  # whether these are all chunks of the text
-        self.text = None  # an iterator over the source's chunks, once one is missing from the cache
-        self.text_chunks_read = 0
+        self.dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+        self.chunks = []  # the tokens of the chunks so far
+        self.text_chunks = text.chunks(split)  # those that are not tokenised yet
 
     def chunk(self, i: int) -> np.ndarray | None:
-        """The tokens of chunk i, from the cache or encoded now; None after the last chunk."""
-        while i >= len(self.chunks) and not self.complete:
-            self._load_next_chunk()
-        return self.chunks[i] if i < len(self.chunks) else None
-
-    def text_hash(self) -> str:
-        """A hash of the first chunk of tokens, by which a resumed run recognises its text."""
-        return hashlib.sha256(self.chunk(0)).hexdigest()[:16]
-
-    def _path(self, i: int):
-        return self.folder / f"{i:05d}.npy"
-
-    def _load_next_chunk(self):
-        i = len(self.chunks)
-        path = self._path(i)
-        if not path.exists():
-            self._write_chunk(i)
-
-        with explaining(path, "read as tokens", "delete it, it is then made anew"):
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-            if tokens.dtype != self.dtype or tokens.ndim != 1 or tokens.max(initial=0) > self.largest_token:
-                raise ValueError("not tokens of this tokenizer")
-        if len(tokens) == 0:  # an empty file marks the end of the text
-            self.complete = True
-        else:
-            self.chunks.append(tokens)
-
-    def _write_chunk(self, i: int):
-        if self.text is None:
-            self.text = self.source.chunks(self.split)
-        missing = range(self.text_chunks_read, i)  # chunks that were in the cache already
-        for _ in tqdm(missing, desc="finding the place in the text", leave=False, delay=1, disable=RANK > 0):
-            next(self.text, None)
-        documents, is_last = next(self.text, ([], True))
-        self.text_chunks_read = i + 1
-
-        self._save_chunk(i, self._encode(documents))
-        if is_last:
-            self._save_chunk(i + 1, np.zeros(0, self.dtype))
-
-    def _save_chunk(self, i: int, tokens: np.ndarray):
-        replace_file(self._path(i), lambda part: np.save(part, tokens, allow_pickle=False))
+        """The tokens of chunk i; None after the last one."""
+        while i >= len(self.chunks):
+            documents = next(self.text_chunks, None)
+            if documents is None:
+                return None
+            self.chunks.append(self._encode(documents))
+        return self.chunks[i]
 
     def _encode(self, documents: list[str]) -> np.ndarray:
-        """The tokens of the documents, with an end-of-text token after each."""
-        kind = "held-out" if self.split == "val" else "training"
-        total = sum(map(len, documents))
         parts = [np.zeros(0, self.dtype)]
-        with tqdm(
-            total=total,
-            desc=f"tokenizing {kind} text",
-            unit=" characters",
-            unit_scale=True,
-            leave=False,
-            delay=0.5,
-            disable=RANK > 0,
-        ) as bar:
-            for texts in neighbours(documents, ENCODED_AT_ONCE):
-                for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        total = sum(map(len, documents))
+        with progress(desc=f"tokenising the {self.name}", total=total, unit=" characters") as bar:
+            for texts in grouped(documents, 1_000_000):
+                # a lone surrogate, which is no UTF-8, becomes "?"
+                texts = [text.encode("utf-8", "replace").decode() for text in texts if text.strip()]
+                for encoding in self.plain_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                     parts.append(np.array([*encoding.ids, self.end_token], self.dtype))
                 bar.update(sum(map(len, texts)))
         return np.concatenate(parts)
 
-
-def neighbours(documents: list[str], size: int):
-    """Lists of the documents that are not blank, of about `size` characters together."""
-    texts = []
-    characters = 0
-    for document in documents:
-        if document.strip():
-            texts.append(document.encode("utf-8", "replace").decode())  # a lone surrogate becomes "?"
-            characters += len(document)
-        if characters >= size:
-            yield texts
-            texts = []
-            characters = 0
-    yield texts
+    def hash(self) -> str:
+        """A hash of the first chunk, by which a resumed run recognises its text."""
+        return hashlib.sha256(self.chunk(0)).hexdigest()[:16]
 
 
-@lru_cache(maxsize=2)
-def without_special_tokens(serialized: str) -> Tokenizer:
+def without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """A copy of a tokenizer that reads <|endoftext|> and its like in a text as text.
 
     Some marks, such as <|fim_prefix|> and <tool_call> of Qwen2.5, are not called special in tokenizer.json.
     They are treated alike. Runs of spaces, which some tokenizers add as tokens, stay tokens.
     """
-    tokenizer = Tokenizer.from_str(serialized)
-    marks = []
-    for token in tokenizer.get_added_tokens_decoder().values():
-        if not token.special and token.content.startswith("<") and token.content.endswith(">"):
-            marks.append(token.content)
-    if marks:
-        content = json.loads(serialized)
-        for token in content["added_tokens"]:
-            if token["content"] in marks:
-                token["special"] = True
-        tokenizer = Tokenizer.from_str(json.dumps(content))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        if token["content"].startswith("<") and token["content"].endswith(">"):
+            token["special"] = True
+    copy = Tokenizer.from_str(json.dumps(content))
+    copy.encode_special_tokens = True
+    return copy
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------
 
 
-class Batches(Tokens):
-    """Fixed-length (input, target) pairs of one split, "train" or "val", of a source.
+class Batches:
+    """Fixed-length (input, target) pairs of tokens.
 
-    A sequence is `length` inputs and the `length` tokens that lie `offset` further on; offset 1 is the
-    next token. Targets are shifted here and nowhere else. The training order goes chunk after chunk, each
-    shuffled by (seed, epoch, chunk), and then from the beginning again.
+    A sequence is `length` inputs and the `length` tokens that lie `offset` further on; offset 1 is the next
+    token. Targets are shifted here and nowhere else. The training order goes chunk after chunk, each shuffled
+    by (seed, epoch, chunk), and then from the beginning again.
 
-    Raises UserError if the tokenizer has no end-of-text token or the text is too short for one sequence.
+    Raises UserError if the text is too short for one sequence.
     """
 
-    def __init__(self, source, split: str, tokenizer: Tokenizer, length: int, offset=1, seed=0):
-        super().__init__(source, split, tokenizer)
+    def __init__(self, tokens: Tokens, length: int, offset=1, seed=EVALUATION_SEED):
+        self.tokens = tokens
         self.length = length
         self.offset = offset
         self.seed = seed
         if self.sequences_in(0) == 0:
-            self._refuse_short_text(tokenizer)
+            available = len(tokens.chunk(0))
+            raise UserError(
+                f"the {tokens.name} has {available:,} tokens, too few for a sequence of {length}; give more "
+                "text, or a smaller --seq-len"
+            )
 
-    def _refuse_short_text(self, tokenizer: Tokenizer):
-        """Raise a UserError with a length that fits both splits."""
-        sizes = {}
-        for split in ("train", "val"):
-            tokens = Tokens(self.source, split, tokenizer).chunk(0)
-            sizes[split] = 0 if tokens is None else len(tokens)
-
-        kind = "held-out" if self.split == "val" else "training"
-        longest_that_fits = min(sizes.values()) - 2  # a target lies at most two tokens after its input
-        if longest_that_fits >= 8:
-            advice = f"--seq-len {longest_that_fits} or less fits; otherwise give more text"
-        else:
-            advice = "give more text"
-        raise UserError(
-            f"{self.source.name}: the {kind} text is too short for one sequence of {self.length} tokens, it "
-            f"has {sizes[self.split]}; {advice}"
-        )
-
-    def count(self) -> Count:
-        """How much text this split has. Of a text that is longer than a chunk, the first chunk is counted."""
-        first = self.chunk(0)
-        if self._path(1).exists():  # it may be the end of the text, which then costs nothing to read
-            self.chunk(1)
-        documents = int(np.count_nonzero(first == self.end_token))
-        is_all = self.complete and len(self.chunks) == 1
-        return Count(documents, len(first), self.sequences_in(0), is_all)
+    def sequences_in(self, i: int) -> int:
+        """How many sequences chunk i holds; 0 after the last chunk."""
+        tokens = self.tokens.chunk(i)
+        if tokens is None:
+            return 0
+        return max(0, (len(tokens) - self.offset) // self.length)
 
     def at_most(self, limit: int) -> int:
         """How many different sequences there are, counted up to `limit`."""
         total = 0
         i = 0
-        while total < limit and self.chunk(i) is not None:
+        while total < limit and self.tokens.chunk(i) is not None:
             total += self.sequences_in(i)
             i += 1
         return min(total, limit)
-
-    def sequences_in(self, i: int) -> int:
-        """How many sequences chunk i holds; 0 after the last chunk."""
-        tokens = self.chunk(i)
-        if tokens is None:
-            return 0
-        return max(0, (len(tokens) - self.offset) // self.length)
 
     def place_of(self, n: int) -> tuple[int, int, int]:
         """(epoch, chunk, place in the chunk's shuffled order) of sequence n of the training order."""
@@ -238,7 +138,7 @@ class Batches(Tokens):
         while n >= self.sequences_in(i):
             n -= self.sequences_in(i)
             i += 1
-            if self.chunk(i) is None:
+            if self.tokens.chunk(i) is None:
                 epoch += 1
                 i = 0
         return epoch, i, n
@@ -250,7 +150,7 @@ class Batches(Tokens):
             epoch, i, place = self.place_of(n)
             order = shuffled(self.seed, epoch, i, self.sequences_in(i))
             start = int(order[place]) * self.length
-            windows.append(self.chunk(i)[start : start + self.length + self.offset])
+            windows.append(self.tokens.chunk(i)[start : start + self.length + self.offset])
         ids = torch.from_numpy(np.stack(windows).astype(np.int64))
 
         if torch.device(device).type == "cuda":
@@ -259,8 +159,224 @@ class Batches(Tokens):
             ids = ids.to(device)
         return ids[:, : self.length], ids[:, self.offset :]
 
+    def batches(self, first: int, end: int, size: int, device="cpu"):
+        """Sequences first .. end-1 of the training order, at most `size` in each batch."""
+        for start in range(first, end, size):
+            yield self.batch(start, min(size, end - start), device)
+
 
 @lru_cache(maxsize=16)
 def shuffled(seed: int, epoch: int, chunk: int, size: int) -> np.ndarray:
     """The order of a chunk's sequences in an epoch."""
     return np.random.default_rng((seed, epoch, chunk)).permutation(size)
+
+
+# ---- A person's own text ---------------------------------------------------------------------------------
+
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
+HELD_OUT_NAMES = re.compile(r"(^|[^a-z])(val|valid|validation|dev|test|eval|held.?out)($|[^a-z])")
+LONGEST = 200_000  # characters; a longer document of a .txt is read as several
+
+
+class TextFiles:
+    """A .txt or .jsonl, each also with .gz, or all such files of a folder, sorted.
+
+    A .txt is one document, or several between lines of <|endoftext|>. A line of a .jsonl is {"text": "..."}.
+    Files that are named for it, such as val.txt, are held out. If there are none, the last twentieth of every
+    file is, cut at a line. Raises UserError where there is no text, and later for a file that is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.name = str(path)
+        self.files = [path]
+        if path.is_dir():
+            self.files = sorted(file for file in path.rglob("*") if is_text(file.relative_to(path)))
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder; give a text, python or fineweb-edu")
+        if not self.files or not is_text(Path(self.files[0].name)):
+            raise UserError(f"{path}: holds no text; give a {', '.join(SUFFIXES)}, or a folder of them")
+        named = [file for file in self.files if HELD_OUT_NAMES.search(str(file.relative_to(path)).lower())]
+        self.held_out_files = named if len(named) < len(self.files) else []
+
+    def chunks(self, split: str) -> Iterator[list[str]]:
+        """Lists of documents, each list of about CHUNK_CHARACTERS."""
+        return grouped(self._documents(split), CHUNK_CHARACTERS)
+
+    def _documents(self, split: str) -> Iterator[str]:
+        for file in self.files:
+            if split == "all":
+                yield from join_documents(pieces_of(file))
+            elif self.held_out_files:
+                if (file in self.held_out_files) == (split == "held-out"):
+                    yield from join_documents(pieces_of(file))
+            else:
+                yield from join_documents(pieces_of_split(file, split))
+
+
+def is_text(path: Path) -> bool:
+    """Whether a path inside a data folder is a text. Hidden and unfinished files and runs are not."""
+    skipped = any(part.startswith(".") or ".part." in part for part in path.parts)
+    return path.name.lower().endswith(SUFFIXES) and path.name != "log.jsonl" and not skipped
+
+
+def pieces_of(file: Path) -> Iterator[tuple[str, bool]]:
+    """(text, whether a document ends with it) for the lines of a file, in their order."""
+    open_file = gzip.open if file.suffix.lower() == ".gz" else open
+    is_json = file.name.lower().endswith((".jsonl", ".jsonl.gz"))
+    with reading(file, "UTF-8 text"), open_file(file, "rt", encoding="utf-8-sig") as lines:
+        if is_json:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield text_of_line(line, number), True
+        else:
+            line = lines.readline(10_000)  # characters at most: a whole text may be one line
+            while line:
+                if line.rstrip() == END_OF_TEXT:
+                    yield "", True
+                else:
+                    yield line, False
+                line = lines.readline(10_000)
+
+
+def text_of_line(line: str, number: int) -> str:
+    """The "text" of a line of a .jsonl. Raises ValueError if it has none."""
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f'line {number} is not {{"text": "..."}}: {error!r}') from error
+    if not isinstance(text, str):
+        raise ValueError(f'"text" in line {number} is no string')
+    return text.strip()
+
+
+def pieces_of_split(file: Path, split: str) -> Iterator[tuple[str, bool]]:
+    """The pieces of one split of a file: the last twentieth of its characters is held out."""
+    characters = sum(len(text) for text, _ in pieces_of(file))
+    first_held_out = characters - characters // 20
+    position = 0
+    for text, ends in pieces_of(file):
+        if (position >= first_held_out) == (split == "held-out"):
+            yield text, ends
+        position += len(text)
+
+
+def join_documents(pieces: Iterator[tuple[str, bool]]) -> Iterator[str]:
+    """The documents that consist of these pieces."""
+    document = []
+    characters = 0
+    for text, ends in pieces:
+        document.append(text)
+        characters += len(text)
+        if ends or characters >= LONGEST:
+            yield "".join(document)
+            document = []
+            characters = 0
+    if document:
+        yield "".join(document)
+
+
+def grouped(texts, size: int) -> Iterator[list[str]]:
+    """Lists of neighbouring texts, of about `size` characters together."""
+    group = []
+    characters = 0
+    for text in texts:
+        if characters >= size:
+            yield group
+            group = []
+            characters = 0
+        group.append(text)
+        characters += len(text)
+    yield group
+
+
+# ---- Python source code ----------------------------------------------------------------------------------
+
+
+class PythonSource:
+    """The .py files of the standard library and of the installed torch package, without their tests.
+
+    One file in twenty is held out, by a hash of its path, the same on every machine. The built-in model was
+    pretrained without the files that are held out here.
+    """
+
+    SKIPPED_FOLDERS = {"test", "tests", "idle_test", "testing", "site-packages", "dist-packages"}
+    name = "python"
+
+    def chunks(self, split: str) -> Iterator[list[str]]:
+        """One list of documents: in the order of the hash, the first CHUNK_CHARACTERS are a fair sample."""
+        files = self._files("stdlib", Path(json.__file__).parents[1])
+        files += self._files("torch", Path(torch.__file__).parent)
+        files.sort()
+        yield next(grouped(self._documents(files, split), CHUNK_CHARACTERS))
+
+    def _files(self, package: str, root: Path) -> list[tuple[str, Path]]:
+        """(hash of the path, path) of each file."""
+        files = []
+        for path in root.rglob("*.py"):
+            below = path.relative_to(root)
+            is_test = self.SKIPPED_FOLDERS.intersection(below.parts) or below.name.startswith("test_")
+            if path.is_file() and not is_test:
+                path_hash = hashlib.sha1(f"{package}/{below.as_posix()}".encode()).hexdigest()
+                files.append((path_hash, path))
+        return files
+
+    def _documents(self, files: list[tuple[str, Path]], split: str) -> Iterator[str]:
+        for path_hash, path in files:
+            held_out = int(path_hash[-4:], 16) % 20 == 0
+            if split == "all" or held_out == (split == "held-out"):
+                yield path.read_text(encoding="utf-8", errors="ignore")
+
+
+# ---- FineWeb-Edu -----------------------------------------------------------------------------------------
+
+FINEWEB = "kjj0/finewebedu10B-gpt2"  # a data set of the Hub
+GPT2 = "openai-community/gpt2"
+GPT2_END_OF_TEXT = 50256
+DOCUMENTS_AT_ONCE = 2000  # about two million tokens
+
+
+class FineWebEdu:
+    """FineWeb-Edu, which the Hub holds as GPT-2 tokens: 99 shards of 100M tokens and one that is held out.
+
+    A shard is fetched when it is first needed. GPT-2's tokenizer loses nothing, so decoding gives the text.
+    """
+
+    name = "fineweb-edu"
+
+    def chunks(self, split: str) -> Iterator[list[str]]:
+        """Lists of documents, each list of about two million tokens."""
+        gpt2 = load_tokenizer(GPT2)
+        names = ["finewebedu_val_000000.bin"]
+        if split == "train":
+            names = [f"finewebedu_train_{i:06d}.bin" for i in range(1, 100)]
+        for name in names:
+            tokens = read_shard(fetch(FINEWEB, [name], "dataset") / name)
+            starts = np.flatnonzero(tokens == GPT2_END_OF_TEXT)  # the separator comes first in each document
+            documents = np.split(tokens, starts)
+            for first in range(0, len(documents), DOCUMENTS_AT_ONCE):
+                some = documents[first : first + DOCUMENTS_AT_ONCE]
+                yield gpt2.decode_batch([document.tolist() for document in some])
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The uint16 tokens of a shard, mapped from the file. Raises UserError for a damaged file.
+
+    They follow a header of 256 int32: magic 20240520, version 1, number of tokens.
+    """
+    with reading(path, "a whole token shard"):
+        header = np.fromfile(path, dtype="<i4", count=256)
+        if list(header[:2]) != [20240520, 1] or path.stat().st_size != 1024 + 2 * int(header[2]):
+            raise ValueError("its header or its length is wrong; delete it, and it is fetched again")
+        return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+
+
+# ---- All texts -------------------------------------------------------------------------------------------
+
+BUILT_IN_TEXTS = {"python": PythonSource, "fineweb-edu": FineWebEdu}
+
+
+def open_text(name: str):
+    """The text for --data: "python", "fineweb-edu", or the path of a file or folder."""
+    if name in BUILT_IN_TEXTS:
+        return BUILT_IN_TEXTS[name]()
+    return TextFiles(Path(name))

@@ -1,98 +1,195 @@
-"""Losses on fixed samples of text: those of the full model, of the cut one and of the looped one."""
+"""Losses of the full, the cut and the looped model on held-out text: python evaluate.py runs/NAME
 
-import hashlib
-import json
+With --data, on another text, all of which then counts as held out; with --depth, at another depth. It changes
+nothing in the folder of the run.
+"""
+
 import math
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from data import Batches
-from files import UserError, cache_folder, explaining, read_json, write_json
+from data import Batches, Tokens, open_text
 from ouroboros import Ouroboros
-from processes import RANK
-from qwen import Qwen
+from patch import Patched
+from qwen import Qwen, load_tokenizer
+from support.fast import eager, keep_freed_memory
+from support.files import UserError, run_program
+from support.machine import pick_device, pick_dtype, progress
+from support.options import number
+from support.report import print_table, table_rows
+from support.run import read_run
 
-EVALUATION_SEED = 2**32  # evaluation reads the text in an order of its own, which no --seed gives
-BAR_DELAY = 1  # seconds; a shorter evaluation shows no bar
+# ---- Losses ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(loss_of, batches: Batches, sequences: int, device, first=0, name="the model") -> list[float]:
-    """The cross entropy of so many sequences of `batches`, in nats per target: one number for each sequence.
+def evaluate(model, batches: Batches, sequences: int, **depth) -> list[float]:
+    """The mean cross entropy of each of so many sequences, in nats per token.
 
-    loss_of(ids, targets) returns the mean over a batch, which here is one sequence. first: the number of the
-    first sequence. Of a text with fewer sequences, each is read once. name: what is evaluated, for the bar.
+    Of a text with fewer sequences, each is read once.
     """
-    numbers = range(first, batches.at_most(first + sequences))
+    device = model.norm.weight.device
     losses = []
-    with tqdm(
-        numbers,
-        desc=f"evaluating {name}",
-        unit=" sequences",
-        leave=False,
-        delay=BAR_DELAY,
-        disable=RANK > 0,
-    ) as bar:
-        for n in bar:
+    with eager():  # compiled or not, all models are measured with the same rounding
+        for n in progress(range(batches.at_most(sequences)), desc="evaluating", unit=" sequences"):
             ids, targets = batches.batch(n, 1, device)  # [1, T] each
-            losses.append(loss_of(ids, targets).item())
+            losses.append(model.loss(ids, targets, **depth).item())
     return losses
 
 
-def evaluate_columns(
-    loss_of, columns: dict[str, Batches], options, device, name="the model"
-) -> dict[str, list[float]]:
-    """{column: losses of the sequences} for each column of the results table. name: what is evaluated.
+class Evaluation:
+    """What all models of a run are measured by: the columns of its table, and a text that they continue.
 
-    Raises UserError if a loss is not finite.
+    columns: {name: Batches}. sequences: how many of each column are read. One column is called "held-out".
     """
-    losses = {}
-    for column, batches in columns.items():
-        bar_name = f"{name}, {column}"
-        losses[column] = evaluate(loss_of, batches, options.eval_sequences, device, name=bar_name)
-        for loss in losses[column]:
-            if not math.isfinite(loss):
-                advice = "try --dtype float32, or a smaller --lr"
-                if getattr(options, "eval", None):  # of a run that is trained already
-                    advice = "give an earlier checkpoint, RUN/step-N"
-                raise UserError(f"{name} has a loss of {loss} on {column} text; {advice}")
-    return losses
+
+    PROMPT_TOKENS = 48
+    NEW_TOKENS = 48
+
+    def __init__(self, columns: dict[str, Batches], sequences: int):
+        self.columns = columns
+        self.sequences = sequences
+
+    @classmethod
+    def of_run(cls, training: Tokens, held_out: Tokens, options) -> "Evaluation":
+        """That of a run of train.py, on both splits of its text."""
+        columns = {
+            "train": Batches(training, options.seq_len),
+            "held-out": Batches(held_out, options.seq_len),
+        }
+        if options.target_offset == 2:  # the published task, beside the one that counts
+            columns["train, t+2"] = Batches(training, options.seq_len, offset=2)
+            columns["held-out, t+2"] = Batches(held_out, options.seq_len, offset=2)
+        return cls(columns, options.eval_sequences)
+
+    def held_out_loss(self, model) -> float:
+        """The mean loss on held-out text, in nats per token."""
+        losses = evaluate(model, self.columns["held-out"], self.sequences)
+        return sum(losses) / len(losses)
+
+    def losses(self, model, **depth) -> dict[str, list[float]]:
+        """{column: losses of the sequences}. Raises UserError if a loss is not finite."""
+        losses = {}
+        for name, batches in self.columns.items():
+            losses[name] = evaluate(model, batches, self.sequences, **depth)
+            if not all(map(math.isfinite, losses[name])):
+                raise UserError(
+                    f"a loss of the {type(model).__name__} on the {batches.tokens.name} is not finite; give "
+                    "a smaller --depth or an earlier checkpoint, RUN/step-N, or train with --dtype float32"
+                )
+        return losses
+
+    def continue_text(self, model) -> str:
+        """How a model continues the prompt, with the same random numbers for every model."""
+        torch.manual_seed(0)
+        prompt = self._prompt_ids().to(model.norm.weight.device)  # [1, T]
+        with eager():  # the shapes change with each token
+            ids = model.generate(prompt, self.NEW_TOKENS, temperature=0.7)
+        return self._text_of(ids[0, prompt.shape[1] :])
+
+    def prompt(self) -> str:
+        """A held-out text of some tokens."""
+        return self._text_of(self._prompt_ids()[0])
+
+    def _prompt_ids(self):
+        ids, _ = self.columns["held-out"].batch(0, 1)
+        return ids[:, : self.PROMPT_TOKENS]
+
+    def _text_of(self, ids) -> str:
+        tokenizer = self.columns["held-out"].tokens.tokenizer
+        return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
-def evaluate_baselines(
-    model: Ouroboros, qwen: Qwen | None, columns: dict[str, Batches], options, device
-) -> dict:
-    """{"full": {column: losses}, "cut": {column: losses}}, as in evaluate_columns, measured once for a model,
-    a text and a setting, then kept.
+def labels_of(model: Ouroboros, depth: int | None = None) -> dict[str, str]:
+    """What the full, the cut and the looped model are called in a table."""
+    kept = len(model.prelude) + 1 + len(model.coda)
+    return {
+        "full": f"full model ({model.config.num_hidden_layers} layers)",
+        "cut": f"cut to {kept} layers",
+        "ouroboros": f"ouroboros, depth {model.checked_depth(depth)}",
+    }
 
-    qwen: the full model; None if it is not loaded, then it is loaded here if its losses are not in the
-    cache. The losses of a model that was not loaded from files are measured each time.
+
+# ---- Opening a run ---------------------------------------------------------------------------------------
+
+
+def open_run(run, base=None, dtype=torch.float32, device="cpu", checkpoint=None) -> Ouroboros:
+    """The model of any run of train.py, from its folder, one of its checkpoints, or a Hub repository.
+
+    base: where the pretrained model is now, if it was moved, or a Qwen, whose layers are then shared.
+    Raises UserError for a folder that holds no run, or a damaged one.
     """
-    dtype = model.norm.weight.dtype
-    key = {
-        "model": model.fingerprint,
-        "cut": [len(model.prelude), model.settings["recurrent"], len(model.coda)],
-        "texts": [batches.folder.name for batches in columns.values()],
-        "sample": [options.seq_len, options.eval_sequences],
-        "computed in": [device.type, str(dtype)],
-    }
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    path = cache_folder() / "baseline-losses" / f"{name}.json"
+    checkpoint = checkpoint or read_run(run)
+    _, about = checkpoint
+    name = about.get("model", {}).get("class")
+    for kind in (Ouroboros, Patched):
+        if kind.__name__ == name:
+            return kind.load(run, base, dtype, device, checkpoint)
+    raise UserError(f"{run}: holds a {name}, which is not known here; open it with the code that saved it")
 
-    if model.fingerprint is not None and path.exists():
-        advice = "delete it, it is then made anew"
-        with explaining(path, "read as losses", advice):
-            losses = read_json(path, advice)
-            return {"full": losses["full"], "cut": losses["cut"]}
 
-    print("evaluating the full and the cut model, once for this model and text", flush=True)
-    if qwen is None:
-        qwen = Qwen.from_pretrained(model.source, dtype, device)
-    losses = {
-        "full": evaluate_columns(qwen.loss, columns, options, device, "the full model"),
-        "cut": evaluate_columns(model.cut.loss, columns, options, device, "the cut model"),
+def open_run_and_baselines(run, base=None, dtype=torch.float32, device="cpu", checkpoint=None):
+    """The looped, the full and the cut model of a run, which share layers. The arguments are open_run's."""
+    checkpoint = checkpoint or read_run(run)
+    _, about = checkpoint
+    full = Qwen.from_pretrained(base or about["model"]["base"], dtype, device)
+    looped = open_run(run, full, dtype, device, checkpoint)
+    kept = {name: looped.settings[name] for name in ("prelude", "recurrent", "coda")}
+    # the cut of the full model, and not of layers that a variant has trained
+    cut = Ouroboros(full, modulation="none", rank=1, **kept).cut
+    return looped, full, cut
+
+
+# ---- The command -----------------------------------------------------------------------------------------
+
+
+def run_parser(description: str) -> ArgumentParser:
+    """A command line with what sample.py, look.py and this program have in common."""
+    parser = ArgumentParser(description=description, usage=SUPPRESS)
+    option = parser.add_argument
+    option("run", help="The folder that train.py wrote, such as runs/NAME, or a Hub repository with a run.")
+    option("--depth", type=number(1, 1000), help="Steps of the loop. [as trained]")
+    option("--model", help="Where the base model is now, if it was moved: a folder or a Hub name.")
+    option("--device", default="auto", help="cuda, mps or cpu. [the first of these that there is]")
+    return parser
+
+
+def main(argv=None):
+    parser = run_parser("Print the losses of the full, the cut and the looped model of a run.")
+    parser.add_argument(
+        "--data", help="Another text: a file, a folder, python or fineweb-edu. [that of the run]"
+    )
+    parser.add_argument("--sequences", type=number(1, 10**9), help="How many are read. [as in the run]")
+    arguments = parser.parse_args(argv)
+    keep_freed_memory()
+    device = pick_device(arguments.device)
+    checkpoint = read_run(arguments.run)
+    _, about = checkpoint
+    if "options" not in about:
+        raise UserError(f"{arguments.run}: was not saved by train.py, so it has no text; give another run")
+    options = Namespace(**about["options"])
+    dtype = pick_dtype(options.dtype, device)
+    model, full, cut = open_run_and_baselines(arguments.run, arguments.model, dtype, device, checkpoint)
+    tokenizer = load_tokenizer(full.source)
+
+    text = open_text(arguments.data or options.data)
+    if arguments.data is None:
+        training = Tokens(text, "train", tokenizer)
+        evaluation = Evaluation.of_run(training, Tokens(text, "held-out", tokenizer), options)
+    else:
+        batches = Batches(Tokens(text, "all", tokenizer), options.seq_len)
+        evaluation = Evaluation({Path(arguments.data).name: batches}, options.eval_sequences)
+    if arguments.sequences is not None:
+        evaluation.sequences = arguments.sequences
+    results = {
+        "full": evaluation.losses(full),
+        "cut": evaluation.losses(cut),
+        "ouroboros": evaluation.losses(model, depth=arguments.depth),
     }
-    if model.fingerprint is not None:
-        write_json(path, losses)
-    return losses
+    print_table(table_rows(results, labels_of(model, arguments.depth)))
+
+
+if __name__ == "__main__":
+    run_program(main)

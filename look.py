@@ -2,357 +2,329 @@
 
 For each token of the prompt and each step of the loop: what the model would say if the loop ended there, how
 far the gate opens, how far the state moves, and how large the Controller's diagonals are. The terminal shows
-the last tokens; a page, look.html, shows more of them and needs no network. With a second --prompt, the
+the last tokens. A page, look.html, shows more of them; it needs no network. With a second --prompt, the
 diagonals of the two prompts are compared.
 """
 
-import threads  # noqa: F401 (it has to come before torch)
-
-# isort: split
-
 import json
-import math
-import unicodedata
-from argparse import SUPPRESS, ArgumentParser
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 
-from device import pick_device, pick_dtype
-from fast import keep_freed_memory
-from files import UserError, exit_on_user_error, replace_file
-from hub import load_tokenizer
-from inside import Comparison, Step, compare, look_inside, root_mean_square, stacked_diagonals
-from patch import load_run
-from qwen import PROJECTIONS
-from run_folder import output_path
+from evaluate import open_run, run_parser
+from ouroboros import LoopCache, Ouroboros
+from patch import Patched
+from qwen import PROJECTIONS, load_tokenizer, rotary_at
+from support.fast import promote
+from support.files import UserError, run_program, write_text
+from support.machine import pick_device, pick_dtype
+from support.options import number
+from support.run import STEP_FOLDER
 
-TEMPLATE = Path(__file__).with_name("look.html")
+TEMPLATE = Path(__file__).parent / "support" / "look.html"
 PLACE_OF_DATA = "DATA_OF_THE_PAGE"  # in the template
-PAGE_TOKENS = 256  # the most tokens of a prompt on the page
+SHOWN_TOKENS = 256  # values are kept of so many tokens at the end of a prompt
+CHOICES = 3  # the likeliest next tokens that are kept of a prediction
 NAMES = [k.removesuffix("_proj") for k in PROJECTIONS]
-
-
-class Prompt(NamedTuple):
-    """A prompt and what the loop does at its last tokens."""
-
-    tokens: list[str]  # the text of each of these tokens
-    left_out: int  # how many tokens there are before them
-    steps: list[Step]
-    would_say: list  # [steps][tokens][CHOICES]: the texts of the likeliest next tokens
-
-    def has_diagonals(self) -> bool:
-        """Whether the model has a modulation."""
-        return len(self.steps[0].diagonals) > 0
-
-
-def parse_options():
-    parser = ArgumentParser(description="Look inside the loop of a trained run.", usage=SUPPRESS)
-    option = parser.add_argument
-    option("run", help="The folder that train.py wrote, such as runs/NAME, or a Hub repository with a run.")
-    option(
-        "--prompt",
-        required=True,
-        action="append",
-        dest="prompts",
-        help="The text to read. A second --prompt is compared with the first.",
-    )
-    option("--tokens", type=int, default=12, help="How many tokens the terminal shows. Default: 12.")
-    option("--page", type=Path, help="The page to write. Default: look.html in the folder of the run.")
-    option("--depth", type=int, help="Steps of the loop. Default: as trained.")
-    option("--model", help="Where the base model is now, if it was moved: a folder or a Hub name.")
-    option("--device", default="auto", help="cuda, mps or cpu. Default: the first of these that is there.")
-    return parser.parse_args()
-
-
-def check_options(options):
-    """Raise UserError for an option that makes no sense, before the model is loaded."""
-    if len(options.prompts) > 2:
-        raise UserError(f"--prompt is given {len(options.prompts)} times; give one prompt, or two to compare")
-    if options.tokens < 1:
-        raise UserError(f"--tokens {options.tokens}: give a whole number from 1 on")
-    if options.depth is not None and options.depth < 1:
-        raise UserError(f"--depth {options.depth}: give a whole number from 1 on")
-    if options.page is not None and options.page.is_dir():
-        raise UserError(f"--page {options.page}: is a folder; give the name of a file in it")
-
-
-def main():
-    options = parse_options()
-    check_options(options)
-    keep_freed_memory()
-    device = pick_device(options.device)
-    model = load_run(options.run, options.model, pick_dtype("auto", device), device)
-    tokenizer = load_tokenizer(model.source, model.config.vocab_size)
-
-    prompts = [read_prompt(model, tokenizer, text, options) for text in options.prompts]
-    comparison = compare_prompts(prompts)
-    sentences = summary(options.run, prompts, comparison)
-    page = page_path(options)
-    write_page(page, page_data(sentences, prompts, comparison))
-
-    for sentence in sentences:
-        print(sentence)
-    print(f"\n{LEGEND}")
-    if prompts[0].has_diagonals():
-        print(LEGEND_OF_DIAGONALS)
-    for number, prompt in enumerate(prompts, start=1):
-        print_prompt(f"Prompt {number}", prompt, options.tokens)
-    if comparison is not None:
-        print_comparison(comparison, what_is_compared(prompts))
-    print(f"\nThe page {page} shows up to {PAGE_TOKENS} tokens of a prompt. Open it in a browser.")
-
 
 # ---- The values ------------------------------------------------------------------------------------------
 
 
-def read_prompt(model, tokenizer, text: str, options) -> Prompt:
-    """What the loop does at the last PAGE_TOKENS tokens of a prompt.
+@torch.no_grad()
+def look_inside(model: Ouroboros, tokenizer, prompt: str, depth: int | None = None):
+    """What the loop does at the last T tokens of a prompt, T being at most SHOWN_TOKENS.
 
-    Raises UserError for an empty prompt, and for a model whose values are not finite.
+    depth: the number of steps, by default the model's. Returns the values as JSON, whose keys are explained
+    below, and the diagonals m_k of n projections, a tensor [T, steps, n, r]. n is 7, or 0 without a
+    modulation. Raises UserError for an empty prompt, and for values that are not finite.
     """
-    text = text.encode("utf-8", "replace").decode()  # the shell may pass bytes that are no UTF-8
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    if not ids:
+    prompt = prompt.encode("utf-8", "replace").decode()  # the shell may pass bytes that are no UTF-8
+    tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if not tokens:
         raise UserError("--prompt is empty; give at least one character")
-    device = model.norm.weight.device
-    steps = look_inside(model, torch.tensor(ids, device=device), options.depth, last=PAGE_TOKENS)
-    for t, step in enumerate(steps, start=1):
-        if not step.is_finite():
-            raise UserError(
-                f"{options.run}: step {t} of the loop gives values that are not finite; give a smaller "
-                "--depth or an earlier checkpoint, RUN/step-N"
-            )
+    ids = torch.tensor([tokens], device=model.norm.weight.device)
 
-    tokens = [text_of(tokenizer, token) for token in ids[-PAGE_TOKENS:]]
-    would_say = []
-    for step in steps:
-        of_step = []
-        for choices in step.likeliest.tolist():
-            of_step.append([text_of(tokenizer, token) for token in choices])
-        would_say.append(of_step)
-    return Prompt(tokens, len(ids) - len(tokens), steps, would_say)
+    # From here on as in Ouroboros.hidden, but the coda and the final norm follow each step.
+    depth = model.checked_depth(depth)
+    rotary = rotary_at(model.config, 0, len(tokens), ids.device)
+    no_cache = LoopCache([None] * len(model.prelude), [None] * depth, [None] * len(model.coda))
+    h = model.run_prelude(model.embed_tokens(ids), rotary, no_cache)  # [1, all tokens, d]
+    steps, diagonals = [], []
+    for t in range(depth):
+        t_trained = min(t, model.depth - 1)
+        with recorded_outputs(model) as outputs:
+            h_after = model.loop_step(h, t_trained, rotary)
+        hidden = model.norm(model.run_coda(h_after, rotary, no_cache))
+        likeliest, p, next_p = predictions(model, hidden, ids)
+        opening = last_tokens(opening_of(model, t_trained, h, outputs))  # [T, d]
+        before = last_tokens(h)
+        movement = (last_tokens(h_after) - before).norm(dim=-1) / before.norm(dim=-1)
+        if not (p.isfinite().all() and movement.isfinite().all()):
+            raise UserError(f"step {t + 1} of the loop is not finite; give a lower --depth, or RUN/step-N")
+        m = diagonals_of(model, h, outputs)
+        step = {
+            "would_say": texts_of(tokenizer, likeliest.tolist()),  # [T][CHOICES], the likeliest next tokens
+            "p": rounded(p),  # [T][CHOICES], their probabilities
+            "next_p": rounded(next_p),  # [T], the probability of the token that follows in the prompt
+            "opening": rounded(opening.mean(-1)),  # [T], the mean over the channels
+            "movement": rounded(movement),  # [T], |h after the step - h before it| / |h before it|
+            "sizes": rounded(root_mean_square(m)),  # [T][n], of the diagonals
+            "updates": rounded(updates_of(model, outputs, m)),  # [T][n]
+        }
+        steps.append(step)
+        diagonals.append(m)
+        h = h_after
+
+    texts = texts_of(tokenizer, tokens[-SHOWN_TOKENS:])
+    values = {"tokens": texts, "left_out": len(tokens) - len(texts), "steps": steps}
+    return values, torch.stack(diagonals, dim=1)
 
 
-def text_of(tokenizer, token: int) -> str:
-    """The text of one token, where every character can be seen: a newline is \\n.
+@contextmanager
+def recorded_outputs(model: Ouroboros):
+    """A dictionary that fills with {module: its output} while the block runs, for the parts of a step."""
+    outputs = {}
 
-    A token that is a piece of a character has the replacement character.
+    def keep(module, inputs, output):
+        outputs[module] = output
+
+    modules = [model.controller, model.gate, *model.recurrent.projections().values(), *model.lora.values()]
+    hooks = [module.register_forward_hook(keep) for module in modules if module is not None]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def last_tokens(x):
+    """What is kept of a value of every token: [1, all tokens, ...] -> [T, ...], in float32 on the CPU."""
+    return promote(x[0, -SHOWN_TOKENS:]).cpu()
+
+
+def predictions(model: Ouroboros, hidden, ids):
+    """The likeliest next tokens [T, CHOICES], their probabilities, and that of the token that follows, [T].
+
+    The last one is nan where no token follows. hidden [1, all tokens, d] and ids [1, all tokens].
     """
-    characters = []
-    for character in tokenizer.decode([token], skip_special_tokens=False):
-        if not character.isprintable():
-            character = repr(character)[1:-1]  # such as \n, \t, \x1b
-        characters.append(character)
-    return "".join(characters)
+    p = promote(F.linear(hidden[0, -SHOWN_TOKENS:], model.head_weight)).softmax(-1)  # [T, V]
+    likeliest_p, likeliest = p.topk(CHOICES)
+    following = ids[0, -len(p) :][1:, None]  # [T - 1, 1]
+    next_p = p.new_full([len(p)], torch.nan)
+    next_p[:-1] = p[:-1].gather(-1, following).squeeze(-1)
+    return likeliest.cpu(), likeliest_p.cpu(), next_p.cpu()
 
 
-def compare_prompts(prompts: list[Prompt]) -> Comparison | None:
-    """Compare the mean diagonals of two prompts; of one prompt, the diagonals of its tokens.
+def opening_of(model: Ouroboros, t: int, h, outputs: dict):
+    """The share of the layer's output that step t takes over, [1, all tokens, d] like its input h."""
+    if isinstance(model, Patched):
+        return model.opening[t].expand_as(h)
+    if model.gate is None:
+        return torch.ones_like(h)
+    return outputs[model.gate]
 
-    None for a model without modulation, and for a prompt of one token.
+
+def diagonals_of(model: Ouroboros, h, outputs: dict):
+    """The diagonals m_k of a step with the input h, [T, n, r]."""
+    if model.controller is None:
+        return last_tokens(h.new_zeros(1, h.shape[1], 0, model.settings["rank"]))
+    m = outputs[model.controller]
+    # a static table gives [r], and the mean of a sequence [1, 1, r], for all tokens
+    of_projections = [m[k].expand(1, h.shape[1], -1) for k in PROJECTIONS]
+    return last_tokens(torch.stack(of_projections, dim=2))
+
+
+def updates_of(model: Ouroboros, outputs: dict, m):
+    """|update of projection k| / |projection k of its input|, [T, n]. m: the diagonals of the step."""
+    updates = torch.zeros(m.shape[:2])
+    for i, k in enumerate(model.lora):
+        update = last_tokens(outputs[model.lora[k]])  # (alpha/r) B_k diag(m_k) A_k x
+        unmodulated = last_tokens(outputs[model.recurrent.projections()[k]])  # W_k x + b_k
+        updates[:, i] = update.norm(dim=-1) / unmodulated.norm(dim=-1)
+    return updates
+
+
+def compare(diagonals: list) -> dict | None:
+    """Compare the mean diagonals of two prompts, or the diagonals of the tokens of one.
+
+    diagonals: for each prompt, [T, steps, n, r]. None for a single token and for n = 0. All values are root
+    mean squares. The mean square of the difference of two of N values is twice their variance.
     """
-    if not prompts[0].has_diagonals():
+    compared = "token"
+    m = diagonals[0]  # [N, steps, n, r]
+    if len(diagonals) == 2:
+        compared = "prompt"
+        m = torch.stack([of_prompt.mean(0) for of_prompt in diagonals])
+    if len(m) == 1 or m.numel() == 0:
         return None
-    if len(prompts) == 2:
-        means = [stacked_diagonals(prompt.steps).mean(0) for prompt in prompts]
-        return compare(torch.stack(means))
-    if len(prompts[0].tokens) == 1:
-        return None
-    return compare(stacked_diagonals(prompts[0].steps))
+    size = root_mean_square(m.mean(0))  # [steps, 7]
+    difference = (2 * m.var(dim=0)).mean(-1).sqrt()  # [steps, 7]
+    between_steps = None
+    if m.shape[1] > 1:
+        between_steps = (2 * m.var(dim=1)).mean().sqrt().item()
+    return {
+        "compared": compared,
+        "size": rounded(size),  # of the mean diagonals
+        "difference": rounded(difference),  # of two prompts or tokens
+        "ratio": rounded(difference / size.clamp(min=1e-12)),  # 0 where all diagonals are 0
+        "at_same_step": root_mean_square(difference.flatten()).item(),  # the difference over all steps
+        "between_steps": between_steps,  # the difference of two steps, for the same prompt or token
+    }
 
 
-# ---- The sentences ---------------------------------------------------------------------------------------
-
-LEGEND = """\
-would say: the likeliest next tokens if the loop ended after this step, with their probabilities; a long
-  token is cut, and the replacement character stands for a piece of a character
-p(next): the probability of the token that follows in the prompt
-opens: the mean opening of the gate, 1 without a gate; with --patch, the mean of the trained opening
-moves: how far the step moves the state, relative to the length of the state"""
-LEGEND_OF_DIAGONALS = "q to down: the root mean square of the diagonal m of each projection"
+def root_mean_square(x):
+    """[..., r] -> [...]"""
+    return x.square().mean(-1).sqrt()
 
 
-def summary(run: str, prompts: list[Prompt], comparison: Comparison | None) -> list[str]:
-    """One sentence on the predictions and the state; one on the diagonals, where there are any to compare."""
-    depth = len(prompts[0].steps)
-    settled = 0
-    tokens = 0
-    openings = []
-    movements = []
-    for prompt in prompts:
-        first = prompt.steps[0].likeliest[:, 0]
-        last = prompt.steps[-1].likeliest[:, 0]
-        settled += int((first == last).sum())
-        tokens += len(prompt.tokens)
-        for step in prompt.steps:
-            openings.append(step.opening)
-            movements.append(step.movement)
-    opening = torch.cat(openings).mean()
-    movement = torch.cat(movements).mean()
+def rounded(x):
+    """A tensor as nested lists of numbers with four digits; None for what is not finite."""
+    if x.ndim > 0:
+        return [rounded(row) for row in x]
+    return float(f"{x:.4g}") if x.isfinite() else None
 
-    sentence = (
-        f"In {run}, a step of the loop takes over {opening:.0%} of the layer's output on average and moves "
-        f"the state by {movement:.0%}"
-    )
-    if depth > 1:
-        sentence += (
-            f"; for {settled} of {tokens} tokens, the likeliest next token after the first of {depth} steps "
-            "is that after the last"
-        )
-    sentences = [sentence + "."]
+
+def texts_of(tokenizer, tokens):
+    """The text of each token in a list, or in a list of lists, with escapes for what cannot be seen: \\n."""
+    if isinstance(tokens, list):
+        return [texts_of(tokenizer, token) for token in tokens]
+    text = ""
+    for character in tokenizer.decode([tokens], skip_special_tokens=False):
+        text += character if character.isprintable() else repr(character)[1:-1]
+    return text
+
+
+# ---- The command -----------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = run_parser("Look inside the loop of a trained run.")
+    option = parser.add_argument
+    option("--prompt", required=True, action="append", help="The text to read. A second one is compared.")
+    option("--tokens", type=number(1, SHOWN_TOKENS), default=12, help="How many the terminal shows. [12]")
+    option("--page", type=Path, help="The page to write. [look.html in the folder of the run]")
+    options = parser.parse_args(argv)
+    if len(options.prompt) > 2:
+        raise UserError(f"--prompt is given {len(options.prompt)} times; give one prompt, or two to compare")
+    page = options.page or default_page(options.run)
+    if page.is_dir():
+        raise UserError(f"--page {page}: is a folder; give the name of a file in it")
+
+    device = pick_device(options.device)
+    model = open_run(options.run, options.model, pick_dtype("auto", device), device)
+    tokenizer = load_tokenizer(model.source)
+    prompts, diagonals = [], []
+    for prompt in options.prompt:
+        values, m = look_inside(model, tokenizer, prompt, options.depth)
+        prompts.append(values)
+        diagonals.append(m)
+    comparison = compare(diagonals)
+    data = {
+        "summary": summary(options.run, prompts, comparison),
+        "projections": NAMES[: diagonals[0].shape[2]],  # none without a modulation
+        "prompts": prompts,
+        "comparison": comparison,
+    }
+    write_page(page, data)
+
+    print("\n".join(data["summary"]))
+    print(f"\n{LEGEND}")
+    for n, prompt in enumerate(prompts, start=1):
+        print_prompt(f"Prompt {n}", prompt, data["projections"], options.tokens)
     if comparison is not None:
-        sentences.append(sentence_on_diagonals(comparison, what_is_compared(prompts)))
+        print_comparison(comparison)
+    print(f"\nThe page {page} shows up to {SHOWN_TOKENS} tokens of a prompt. Open it in a browser.")
+
+
+def default_page(run: str) -> Path:
+    """look.html in the folder of the run, also for one of its checkpoints; here for a run on the Hub."""
+    folder = Path(run)
+    if folder.match(STEP_FOLDER):  # a checkpoint, which a later one may replace
+        folder = folder.parent
+    return folder / "look.html" if folder.is_dir() else Path("look.html")
+
+
+def summary(run: str, prompts: list[dict], comparison: dict | None) -> list[str]:
+    """The sentences above the values of the prompts."""
+    openings, movements, settled = [], [], []
+    for prompt in prompts:
+        for step in prompt["steps"]:
+            openings += step["opening"]
+            movements += step["movement"]
+        for first, last in zip(prompt["steps"][0]["would_say"], prompt["steps"][-1]["would_say"]):
+            settled.append(first[0] == last[0])
+    depth = len(prompts[0]["steps"])
+    sentences = [
+        f"In {run}, a step of the loop takes over {fmean(openings):.0%} of the layer's output on average and "
+        f"moves the state by {fmean(movements):.0%}."
+    ]
+    if depth > 1:
+        sentences.append(
+            f"For {sum(settled)} of {len(settled)} tokens, the likeliest next token after the first step is "
+            "that after the last."
+        )
+    if comparison is not None:
+        compared = comparison["compared"]
+        sentence = f"The diagonals of two {compared}s differ by {comparison['at_same_step']:.3f}"
+        if depth > 1:
+            sentence += f" at the same step, and those of two steps by {comparison['between_steps']:.3f}"
+        sentences.append(sentence + ".")
     return sentences
 
 
-def what_is_compared(prompts: list[Prompt]) -> str:
-    return "prompt" if len(prompts) == 2 else "token"
+# ---- The terminal and the page ---------------------------------------------------------------------------
+
+LEGEND = """\
+would say: the likeliest next tokens if the loop ended after this step, with their probabilities
+p(next): the probability of the token that follows in the prompt
+opens: the mean opening of the gate, 1 without a gate; with --patch, the mean of the trained opening
+moves: how far the step moves the state, relative to the length of the state
+q to down: the root mean square of the diagonal m of each projection, where there is a modulation"""
 
 
-def sentence_on_diagonals(comparison: Comparison, compared: str) -> str:
-    of_texts = comparison.between_texts
-    of_steps = comparison.between_steps
-    if of_texts == 0:
-        sentence = f"The diagonals of two {compared}s are the same at the same step"
-    else:
-        sentence = f"The diagonals of two {compared}s differ by {of_texts:.3f} at the same step"
-    if of_steps is not None:
-        sentence += f"; those of two steps differ by {of_steps:.3f}"
-        if of_texts > 0:
-            sentence += f", {of_steps / of_texts:.1f} times as much"
-    return sentence + "."
-
-
-# ---- The terminal ----------------------------------------------------------------------------------------
-
-
-def print_prompt(name: str, prompt: Prompt, last: int):
+def print_prompt(name: str, prompt: dict, projections: list[str], last: int):
     """A table of the steps for each of the last tokens."""
-    shown = min(last, len(prompt.tokens))
-    print(f"\n{name}: the last {shown} of {prompt.left_out + len(prompt.tokens)} tokens")
-    for i in range(len(prompt.tokens) - shown, len(prompt.tokens)):
-        print_token(prompt, i)
-
-
-def print_token(prompt: Prompt, i: int):
-    """The table of token i: one row for each step."""
-    title = f"token {prompt.left_out + i + 1}: {quoted(prompt.tokens[i])}"
-    if i + 1 < len(prompt.tokens):
-        title += f", followed by {quoted(prompt.tokens[i + 1])}"
-    print(f"\n{title}")
-
-    header = f"step  {'would say':36}  p(next)  opens  moves"
-    if prompt.has_diagonals():
-        header += "".join(f"{name:>6}" for name in NAMES)
-    print(header)
-    for t, step in enumerate(prompt.steps):
-        would_say = ""
-        for token, p in zip(prompt.would_say[t][i][:2], step.likeliest_p[i]):
-            would_say += padded(f"{p:.2f} {quoted(token)}", 18)
-        next_p = "-" if math.isnan(step.next_p[i]) else f"{step.next_p[i]:.3f}"
-        row = f"{t + 1:4}  {would_say}  {next_p:>7}  {step.opening[i]:5.2f}  {step.movement[i]:5.2f}"
-        for diagonal in step.diagonals.values():
-            row += f"{root_mean_square(diagonal[i]):6.2f}"
-        print(row)
-
-
-def print_comparison(comparison: Comparison, compared: str):
-    """Three tables with a row for each step: sizes, differences and their ratios."""
-    tables = {
-        f"The mean diagonals of the {compared}s, root mean square": comparison.size,
-        f"The difference of two {compared}s, root mean square": comparison.difference,
-        "The difference in relation to the mean": comparison.ratio,
-    }
-    for title, table in tables.items():
+    tokens = prompt["tokens"]
+    first = max(0, len(tokens) - last)
+    print(f"\n{name}: the last {len(tokens) - first} of {prompt['left_out'] + len(tokens)} tokens")
+    for i in range(first, len(tokens)):
+        title = f"token {prompt['left_out'] + i + 1}: {quoted(tokens[i])}"
+        if i + 1 < len(tokens):
+            title += f", followed by {quoted(tokens[i + 1])}"
         print(f"\n{title}")
-        print("step" + "".join(f"{name:>7}" for name in NAMES))
-        for t, row in enumerate(table.tolist()):
-            print(f"{t + 1:4}" + "".join(f"{value:7.3f}" for value in row))
+        columns = "".join(f"{name:>6}" for name in projections)
+        print(f"step  {'would say':36}  p(next)  opens  moves{columns}")
+        for t, step in enumerate(prompt["steps"], start=1):
+            row = f"{t:4}  "
+            for text, p in zip(step["would_say"][i][:2], step["p"][i]):
+                row += f"{p:.2f} {quoted(text):13}"
+            next_p = "-" if step["next_p"][i] is None else f"{step['next_p'][i]:.3f}"
+            row += f"  {next_p:>7}  {step['opening'][i]:5.2f}  {step['movement'][i]:5.2f}"
+            print(row + "".join(f"{size:6.2f}" for size in step["sizes"][i]))
+
+
+def print_comparison(comparison: dict):
+    """A table with a row for each step."""
+    print(f"\nThe difference of the diagonals of two {comparison['compared']}s, in relation to the mean")
+    print("step" + "".join(f"{name:>6}" for name in NAMES))
+    for t, row in enumerate(comparison["ratio"], start=1):
+        print(f"{t:4}" + "".join(f"{value:6.2f}" for value in row))
 
 
 def quoted(text: str) -> str:
     """The text of a token between quotes, so that its spaces can be seen; a long one is cut."""
-    if len(text) > 10:
-        text = text[:9] + "…"
-    return f"'{text}'"
-
-
-def padded(text: str, width: int) -> str:
-    """The text with spaces up to a width in columns of the terminal, of which some characters take two."""
-    columns = 0
-    for character in text:
-        if unicodedata.east_asian_width(character) in "WF":
-            columns += 2
-        elif not unicodedata.combining(character):
-            columns += 1
-    return text + " " * (width - columns)
-
-
-# ---- The page --------------------------------------------------------------------------------------------
-
-
-def page_path(options) -> Path:
-    """Where the page is written: at --page, otherwise into the folder of the run."""
-    if options.page is not None:
-        return options.page
-    return output_path(options.run, "look.html")
-
-
-def page_data(sentences: list[str], prompts: list[Prompt], comparison: Comparison | None) -> dict:
-    """What the page shows, as JSON values."""
-    data = {
-        "summary": sentences,
-        "projections": NAMES if prompts[0].has_diagonals() else [],
-        "prompts": [prompt_data(prompt) for prompt in prompts],
-        "compared": what_is_compared(prompts),
-        "comparison": None,
-    }
-    if comparison is not None:
-        data["comparison"] = {
-            "size": rounded(comparison.size),
-            "difference": rounded(comparison.difference),
-            "ratio": rounded(comparison.ratio),
-        }
-    return data
-
-
-def prompt_data(prompt: Prompt) -> dict:
-    """The values of one prompt: those of each step are lists with an entry for each of T tokens."""
-    steps = []
-    for step, would_say in zip(prompt.steps, prompt.would_say):
-        steps.append(
-            {
-                "would_say": would_say,  # [T][CHOICES]
-                "p": rounded(step.likeliest_p),  # [T][CHOICES]
-                "next_p": rounded(step.next_p),  # [T]
-                "opening": rounded(step.opening),  # [T]
-                "movement": rounded(step.movement),  # [T]
-                "sizes": [rounded(root_mean_square(m, dim=-1)) for m in step.diagonals.values()],  # [7][T]
-                "updates": [rounded(update) for update in step.updates.values()],  # [7][T]
-            }
-        )
-    return {"left_out": prompt.left_out, "tokens": prompt.tokens, "steps": steps}
-
-
-def rounded(values) -> list:
-    """A tensor as nested lists of numbers with four digits; None for what is not finite."""
-    if values.ndim > 1:
-        return [rounded(row) for row in values]
-    numbers = []
-    for value in values.tolist():
-        numbers.append(float(f"{value:.4g}") if math.isfinite(value) else None)
-    return numbers
+    return f"'{text}'" if len(text) <= 10 else f"'{text[:9]}…'"
 
 
 def write_page(path: Path, data: dict):
     """Put the data into the template. The page shows texts as texts, whatever they contain."""
     text = json.dumps(data, allow_nan=False)
     text = text.replace("<", "\\u003c")  # nothing in it can end the script element that holds it
-    page = TEMPLATE.read_text(encoding="utf-8").replace(PLACE_OF_DATA, text)
-    replace_file(path, lambda part: part.write_text(page, encoding="utf-8"))
+    write_text(path, TEMPLATE.read_text(encoding="utf-8").replace(PLACE_OF_DATA, text))
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main, "try a shorter --prompt, or a machine with more memory")
+    run_program(main)

@@ -34,31 +34,19 @@ Letters in shapes: B sequences (not the basis B_k), T tokens, d hidden_size, r r
 Controller, V vocab_size (in svd_bases a factor of the SVD).
 """
 
+import copy
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from device import promote  # to float32, or float64 if it is that already
-from fast import linear_of_joined, top_right_singular_vectors
-from files import UserError
-from qwen import (
-    PROJECTIONS,
-    Config,
-    DecoderLayer,
-    KVCache,
-    LanguageModel,
-    NotLoaded,
-    Qwen,
-    apply_projection,
-    rotary_at,
-)
-from saving import load_model, save_model
+from qwen import PROJECTIONS, KVCache, LanguageModel, Qwen, apply_projection, rotary_at
+from support.fast import promote  # to float32, or float64 if it is that already
+from support.files import UserError, check_choice, check_number, one_line, read_checkpoint, write_checkpoint
 
 # Rows of the per-step tables (step embedding, StepNorm, static table). A model's own depth is at most this. A
-# forward pass may take more steps (see loop_step).
+# forward pass may take more steps.
 MAX_STEPS = 64
 
 # ---- A_k, B_k, and the low-rank update (alpha/r) B_k diag(m) A_k -----------------------------------------
@@ -70,11 +58,22 @@ def svd_bases(R, rank: int):
     A is the top r right singular vectors (rows of V^T), B the top r left ones times their singular values
     (U S). B A is the best rank-r approximation of R. With every entry of m equal to r/alpha the scale
     cancels and the update is B A: the recurrent layer then has about the mean weights of the removed ones.
+
+    The columns of V are the eigenvectors of R^T R, and those of U are the eigenvectors of R R^T. The smaller
+    of the two takes seconds for all projections of a 3B model, where torch.linalg.svd takes minutes.
     """
     R = promote(R)
-    A = top_right_singular_vectors(R, rank)  # torch.linalg.svd(R).Vh[:rank], in a faster way (fast.py)
+    out_features, in_features = R.shape
+    if out_features >= in_features:
+        _, V = torch.linalg.eigh(R.T @ R)  # in ascending order of the eigenvalues
+        A = V[:, -rank:].flip(1).T
+    else:
+        _, U = torch.linalg.eigh(R @ R.T)
+        U = U[:, -rank:].flip(1)
+        # R^T u = s v: the columns are orthogonal and in order, and QR makes them unit vectors, even at s = 0
+        A = torch.linalg.qr(R.T @ U).Q.T
     B = R @ A.T  # with V_r = A^T: R V_r = U S V^T V_r = U_r S_r
-    return A, B
+    return A.contiguous(), B
 
 
 class SVDLoRA(nn.Module):
@@ -92,7 +91,7 @@ class SVDLoRA(nn.Module):
 
     def forward(self, x, m):
         y = F.linear(x, self.A)  # A x, [B, T, r]
-        y = y * (self.scale * m)  # (alpha/r) diag(m) A x
+        y = y * (self.scale * m.to(y.dtype))  # (alpha/r) diag(m) A x
         return F.linear(y, self.B)  # [B, T, out]
 
 
@@ -124,6 +123,14 @@ def prefix_mean(h, cache: StepCache | None = None):
     return (sums / count[:, None]).to(h.dtype)
 
 
+def sequence_mean(h, cache=None):
+    """The published pool(h): the mean over the whole sequence. [B, T, d] -> [B, 1, d]"""
+    return promote(h).mean(dim=1, keepdim=True).to(h.dtype)
+
+
+POOLS = {"prefix": prefix_mean, "sequence": sequence_mean}
+
+
 class TrainedLinear(nn.Linear):
     """A linear layer with float32 weights that computes in the type of its input."""
 
@@ -150,12 +157,29 @@ class Controller(nn.Module):
 
     def forward(self, pooled, t: int):
         p = F.silu(self.reduce(pooled))  # [B, T, 2s]
-        e = self.step_embedding.weight[t]  # [s]
-        # join([p; e]), [B, T, 3s] -> [B, T, 2s], without a copy of e for each position (fast.py)
-        z = F.silu(linear_of_joined(self.join, p, e))
+        e = self.step_embedding.weight[t]  # [s], the same at every position
+        # z = silu(W [p; e] + b) with W = [W_p W_e], so that W [p; e] + b = W_p p + (W_e e + b)
+        W_p, W_e = self.join.weight.split([p.shape[-1], e.shape[-1]], dim=1)
+        b = W_e @ e + self.join.bias
+        z = F.silu(F.linear(p, W_p.to(p.dtype), b.to(p.dtype)))  # [B, T, 2s]
         z = F.silu(self.narrow(z))  # [B, T, s]
         diagonals = self.heads(z).chunk(len(PROJECTIONS), dim=-1)  # 7 times [B, T, r]
         return dict(zip(PROJECTIONS, diagonals))
+
+
+class StaticModulation(nn.Module):
+    """The baseline in the Controller's place: a trained table. Step t -> the diagonals {k: [r]}, for any
+    input.
+
+    The table is zero at the start.
+    """
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(MAX_STEPS, len(PROJECTIONS), rank))
+
+    def forward(self, t: int):
+        return dict(zip(PROJECTIONS, self.table[t]))
 
 
 # ---- StepNorm and gate -----------------------------------------------------------------------------------
@@ -192,6 +216,15 @@ class Gate(nn.Module):
 # ---- The model -------------------------------------------------------------------------------------------
 
 
+def default_cut(num_layers: int) -> tuple[int, int, int]:
+    """(prelude, recurrent, coda) in the paper's proportions.
+
+    Of 36 layers, the first 8 and the last 8 are kept, and layer 18, counted from 0, is looped.
+    """
+    ends = round(num_layers * 8 / 36)
+    return ends, num_layers // 2, ends
+
+
 @dataclass
 class LoopCache:
     """The caches of all layer calls of a forward pass. The entries are None where no cache is used."""
@@ -199,19 +232,6 @@ class LoopCache:
     prelude: list
     steps: list
     coda: list
-
-
-class StepValues(NamedTuple):
-    """The values of one step of the loop.
-
-    m: the diagonals, {k: [B, T or 1, r]} or, of a static table, {k: [r]}; None without modulation. g: the
-    opening of the gate, [B, T, d]; 1.0 without a gate, and [d] in patch.py. h: the state after the step,
-    [B, T, d].
-    """
-
-    m: dict | None
-    g: torch.Tensor | float
-    h: torch.Tensor
 
 
 class Ouroboros(LanguageModel):
@@ -229,6 +249,8 @@ class Ouroboros(LanguageModel):
     Raises UserError for values that are not possible.
     """
 
+    default_cut = staticmethod(default_cut)
+
     def __init__(
         self,
         qwen: Qwen,
@@ -245,15 +267,11 @@ class Ouroboros(LanguageModel):
         bases=None,
     ):
         super().__init__()
-        num_layers = qwen.config.num_hidden_layers
-        prelude, recurrent, coda = checked_arguments(
-            qwen.config, prelude, recurrent, coda, rank, depth, modulation, pool
-        )
-
-        self.config = qwen.config
-        self.source = qwen.source
-        self.fingerprint = qwen.fingerprint
-        self.depth = depth
+        config = qwen.config
+        first, middle, last = self.default_cut(config.num_hidden_layers)
+        prelude = first if prelude is None else prelude
+        recurrent = middle if recurrent is None else recurrent
+        coda = last if coda is None else coda
         self.settings = dict(
             prelude=prelude,
             recurrent=recurrent,
@@ -266,12 +284,18 @@ class Ouroboros(LanguageModel):
             gate=gate,
             step_norm=step_norm,
         )
+        self.check_settings(qwen)
+        self.config = config
+        self.source = qwen.source
+        self.base_fingerprint = None if qwen.norm.weight.is_meta else qwen.fingerprint()
+        self.depth = depth
 
         # Pretrained and frozen: the kept layers.
+        first_of_coda = config.num_hidden_layers - coda
         self.embed_tokens = qwen.embed_tokens
         self.prelude = qwen.layers[:prelude]
         self.recurrent = qwen.layers[recurrent]
-        self.coda = qwen.layers[num_layers - coda :]
+        self.coda = qwen.layers[first_of_coda:]
         self.norm = qwen.norm
         self.lm_head = qwen.lm_head
         self.requires_grad_(False)  # so far, this model has no other parameters
@@ -280,35 +304,49 @@ class Ouroboros(LanguageModel):
         self.lora = nn.ModuleDict()
         if modulation != "none":
             if bases is None:
-                removed = [*qwen.layers[prelude:recurrent], *qwen.layers[recurrent + 1 : num_layers - coda]]
+                removed = [*qwen.layers[prelude:recurrent], *qwen.layers[recurrent + 1 : first_of_coda]]
                 bases = self.residual_bases(removed, rank)
-            like = self.embed_tokens.weight  # all pretrained weights have this type and device
             for k, (A, B) in bases.items():
-                self.lora[k] = SVDLoRA(A.to(like), B.to(like), alpha)
+                self.lora[k] = SVDLoRA(A, B, alpha)
 
-        # Trained: Controller, gate and StepNorm, or what takes their place.
-        d = qwen.config.hidden_size
-        self.pool = no_pool  # static and none do not look at h
+        # Trained: the Controller or the static table, gate and StepNorm.
+        d = config.hidden_size
+        self.pool = POOLS[pool]
+        self.controller = None
         if modulation == "controller":
-            self.pool = POOLS[pool]
             self.controller = Controller(d, rank)
-        elif modulation == "static":
+        if modulation == "static":
             self.controller = StaticModulation(rank)
-        else:
-            self.controller = NoModulation()
-        self.gate = Gate(d) if gate else NoGate()
-        self.step_norm = StepNorm(d, qwen.config.rms_norm_eps) if step_norm else NoStepNorm()
-        self.to(self.embed_tokens.weight.device)
+        self.gate = Gate(d) if gate else None
+        self.step_norm = StepNorm(d, config.rms_norm_eps) if step_norm else None
+        self.to(self.norm.weight.device)
+
+    def check_settings(self, qwen: Qwen):
+        """Raise UserError for settings that are not possible on this pretrained model."""
+        check_choice("modulation", self.settings["modulation"], ("controller", "static", "none"))
+        check_choice("pool", self.settings["pool"], POOLS)
+        num_layers = qwen.config.num_hidden_layers
+        sizes = [min(projection.weight.shape) for projection in qwen.layers[0].projections().values()]
+        check_number("depth", self.settings["depth"], 1, MAX_STEPS)
+        check_number("rank", self.settings["rank"], 1, min(sizes))
+        for name in ("prelude", "recurrent", "coda"):
+            check_number(name, self.settings[name], 1, num_layers)
+
+        prelude = self.settings["prelude"]
+        recurrent = self.settings["recurrent"]
+        coda = self.settings["coda"]
+        if not prelude <= recurrent < num_layers - coda or num_layers - coda - prelude < 2:
+            raise UserError(
+                f"prelude {prelude}, recurrent {recurrent} (counted from 0), coda {coda} do not fit "
+                f"{num_layers} layers: loop one between the two ends, and remove at least one (--cut)"
+            )
 
     @torch.no_grad()
     def residual_bases(self, removed, rank: int) -> dict:
         """{k: (A_k, B_k)} of R_k = (mean over the removed layers of W_k) - (W_k of the recurrent layer).
 
-        Only matrices count: the biases and the norms of the removed layers are dropped. The removed
-        layers must have been loaded.
+        Only matrices count: the biases and the norms of the removed layers are dropped.
         """
-        if any(isinstance(layer, NotLoaded) for layer in removed):
-            raise ValueError("the removed layers were not loaded, so their bases must be given")
         bases = {}
         for k, projection in self.recurrent.projections().items():
             W = projection.weight  # [out, in]
@@ -317,7 +355,7 @@ class Ouroboros(LanguageModel):
             bases[k] = (A.to(W), B.to(W))
         return bases
 
-    # -- The forward pass. Its parts are methods so that a subclass can override them, as patch.py does.
+    # -- The forward pass. patch.py overrides run_prelude, loop_step, modulated_by and run_coda.
 
     def hidden(self, ids, cache: LoopCache | None = None, depth: int | None = None):
         """ids [B, T] -> normalised last hidden states [B, T, d].
@@ -333,7 +371,8 @@ class Ouroboros(LanguageModel):
 
         h = self.run_prelude(self.embed_tokens(ids), rotary, cache)
         for t in range(depth):
-            h = self.loop_step(h, t, rotary, cache.steps[t])
+            # Steps past self.depth use the step embedding and the StepNorm of the last step that was trained.
+            h = self.loop_step(h, min(t, self.depth - 1), rotary, cache.steps[t])
         h = self.run_coda(h, rotary, cache)
         return self.norm(h)
 
@@ -344,30 +383,31 @@ class Ouroboros(LanguageModel):
         return h
 
     def loop_step(self, h, t: int, rotary, step_cache: StepCache | None = None):
-        """One step of the loop. [B, T, d] -> [B, T, d]"""
-        return self.step_values(h, t, rotary, step_cache).h
-
-    def step_values(self, h, t: int, rotary, step_cache: StepCache | None = None) -> StepValues:
-        """One step of the loop, with its values: the equations at the head of this file.
-
-        h [B, T, d] is the state before step t, which counts from 0.
-        """
-        # Steps beyond self.depth use the step embedding and the StepNorm of the last step that was trained.
-        t = min(t, self.depth - 1)
-
-        m = self.controller(self.pool(h, step_cache), t)
-        h_new = self.recurrent(h, rotary, step_cache, self.modulated_projection(m))
-        h_new = self.step_norm(h_new, t)
+        """One step of the loop, the equations at the head of this file. h [B, T, d] -> [B, T, d]"""
+        m = self.diagonals(h, t, step_cache)
+        h_new = self.recurrent(h, rotary, step_cache, self.modulated_by(m))
+        if self.step_norm is not None:
+            h_new = self.step_norm(h_new, t)
+        if self.gate is None:
+            return h_new
         g = self.gate(h_new, h)
-        return StepValues(m, g, torch.lerp(h, h_new, g))  # g * h_new + (1 - g) * h
+        return torch.lerp(h, h_new, g.to(h.dtype))  # g * h_new + (1 - g) * h, which bfloat16 rounds only once
 
-    def modulated_projection(self, m: dict | None):
+    def diagonals(self, h, t: int, step_cache: StepCache | None = None) -> dict | None:
+        """m_t = Controller(pool(h), t): {k: [B, T or 1, r]}. A static table gives {k: [r]}."""
+        if self.controller is None:
+            return None
+        if isinstance(self.controller, StaticModulation):
+            return self.controller(t)
+        return self.controller(self.pool(h, step_cache), t)
+
+    def modulated_by(self, m: dict | None):
         """The recurrent layer's `project` under the diagonals m: W_k x + (alpha/r) B_k diag(m_k) A_k x."""
         if m is None:
             return apply_projection
 
-        def project(projection, x, k):
-            return projection(x) + self.lora[k](x, m[k])
+        def project(projection, x, name):
+            return projection(x) + self.lora[name](x, m[name])
 
         return project
 
@@ -378,11 +418,10 @@ class Ouroboros(LanguageModel):
         return h
 
     def checked_depth(self, depth: int | None) -> int:
-        """`depth`, or the model's own if that is None. Raises UserError for a depth below 1."""
+        """`depth`, or the model's own if that is None. Raises UserError for a depth that is not possible."""
         if depth is None:
             return self.depth
-        if depth < 1:
-            raise UserError(f"depth {depth}: the loop takes at least one step")
+        check_number("depth", depth, 1, 1000)
         return depth
 
     def new_cache(self, depth: int | None = None) -> LoopCache | None:
@@ -390,16 +429,13 @@ class Ouroboros(LanguageModel):
 
         None for a pool that sees the future: a new token then changes the states of all earlier ones.
         """
-        if self.pool is sequence_mean:
+        if self.pool is sequence_mean and self.settings["modulation"] == "controller":
             return None
-        depth = self.checked_depth(depth)
         return LoopCache(
             prelude=[KVCache() for _ in self.prelude],
-            steps=[StepCache() for _ in range(depth)],
+            steps=[StepCache() for _ in range(self.checked_depth(depth))],
             coda=[KVCache() for _ in self.coda],
         )
-
-    # -- The cut baseline, and what is trained and saved
 
     @property
     def cut(self) -> Qwen:
@@ -413,148 +449,83 @@ class Ouroboros(LanguageModel):
         cut.lm_head = self.lm_head
         return cut
 
-    PRETRAINED = ("embed_tokens.", "prelude.", "recurrent.", "coda.", "norm.", "lm_head.")
-
-    def saved_tensors(self) -> dict[str, torch.Tensor]:
-        """name -> tensor, of all that does not come from the pretrained model: trained weights and bases."""
-        return {name: t for name, t in self.state_dict().items() if not name.startswith(self.PRETRAINED)}
+    # -- What is trained and saved
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """name -> parameter, of all that is trained."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def save(self, folder, more_tensors: dict | None = None, **about):
-        """Write the trained weights, the bases and the settings to folder/ouroboros.safetensors.
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """name -> tensor, of all that is trained, and of the bases: all but the frozen pretrained weights."""
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in frozen}
 
-        more_tensors, about: further tensors and JSON values to store in the file.
+    def restore(self, tensors: dict):
+        """Take what saved_tensors() gave. Raises UserError if it does not fit this model."""
+        own = {name: tensor for name, tensor in tensors.items() if "/" not in name}  # the others are AdamW's
+        missing = sorted(self.saved_tensors().keys() - own.keys())
+        try:
+            unknown = self.load_state_dict(own, strict=False).unexpected_keys
+        except RuntimeError as error:  # a shape differs
+            raise UserError(f"the checkpoint does not fit this model: {one_line(error)}") from error
+        for name, p in self.named_parameters():
+            if name in own:  # trained, though it may be a part of the pretrained model
+                p.requires_grad_(True)
+        if missing or unknown:
+            raise UserError(f"the checkpoint does not fit this model: it lacks {missing} and has {unknown}")
+
+    def save(self, folder, more_tensors: dict | None = None, **about):
+        """Write what is trained, the bases and the settings to folder/ouroboros.safetensors.
+
+        The pretrained weights are not copied: the file has their name and their fingerprint. more_tensors,
+        about: further tensors and JSON values to store in the file.
         """
-        save_model(self, folder, more_tensors, **about)
+        about["model"] = {
+            "class": type(self).__name__,
+            "base": self.source,
+            "fingerprint": self.base_fingerprint,
+            "settings": self.settings,
+        }
+        write_checkpoint(folder, {**self.saved_tensors(), **(more_tensors or {})}, about)
 
     @classmethod
     def load(cls, folder, base=None, dtype=torch.float32, device="cpu", checkpoint=None) -> "Ouroboros":
-        """The model that save() wrote to a folder.
+        """The model that save() wrote to a folder, or that a Hub repository holds. No SVD is computed.
 
-        base: where the pretrained model is now, if it was moved. checkpoint: the content of the file, if
-        read_checkpoint has read it already. Raises UserError if the folder holds no such model, or if the
-        pretrained model is not the one it was made from.
+        base: where the pretrained model is now, if it was moved, or a Qwen, which then shares its layers and
+        whose dtype and device count. checkpoint: what read_checkpoint(folder) has returned. Raises UserError
+        if the folder holds no such model, or if the pretrained model is not the one it was made from.
         """
-        return load_model(cls, folder, base, dtype, device, checkpoint)
+        tensors, about = checkpoint or read_checkpoint(folder)
+        saved = about["model"]
+        if saved["class"] != cls.__name__:
+            raise UserError(f"{folder}: holds a {saved['class']}; open it with open_run of evaluate.py")
+        base = saved["base"] if base is None else base
+        if base is None:
+            raise UserError(f"{folder}: its pretrained model was not loaded from files; give it as base=")
+        if isinstance(base, Qwen):
+            qwen = base
+            dtype, device = qwen.norm.weight.dtype, qwen.norm.weight.device
+        else:
+            qwen = Qwen.from_pretrained(base, dtype=None)  # a layer that is not used is not read
+        if qwen.fingerprint() != saved["fingerprint"]:
+            raise UserError(
+                f"{qwen.source}: is not the model on which {folder} was trained (another config or "
+                "other weights); name the right one with --model (in Python: base=...)"
+            )
 
-
-# ---- Baselines and ablations -----------------------------------------------------------------------------
-
-
-def sequence_mean(h, cache=None):
-    """The published pool(h): the mean over the whole sequence. [B, T, d] -> [B, 1, d]"""
-    return promote(h).mean(dim=1, keepdim=True).to(h.dtype)
-
-
-def no_pool(h, cache=None):
-    """For modulations that do not look at h: returns h unchanged. StaticModulation uses only its dtype."""
-    return h
-
-
-POOLS = {"prefix": prefix_mean, "sequence": sequence_mean}
-
-
-class StaticModulation(nn.Module):
-    """Instead of the Controller: a trained table [MAX_STEPS, 7, r]. Step t -> the diagonals {k: [r]}.
-
-    It is zero at the start.
-    """
-
-    def __init__(self, rank: int):
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(MAX_STEPS, len(PROJECTIONS), rank))
-
-    def forward(self, pooled, t: int):
-        diagonals = self.table[t].to(pooled.dtype)
-        return dict(zip(PROJECTIONS, diagonals))
-
-
-class NoModulation(nn.Module):
-    """Instead of the Controller: nothing. The weights of the recurrent layer stay as they are."""
-
-    def forward(self, pooled, t: int):
-        return None
-
-
-class NoStepNorm(nn.Module):
-    """h_new stays as the layer returns it."""
-
-    def forward(self, h_new, t: int):
-        return h_new
-
-
-class NoGate(nn.Module):
-    """g = 1: h_new replaces h."""
-
-    def forward(self, h_new, h):
-        return 1.0
-
-
-# ---- Checks of the arguments -----------------------------------------------------------------------------
-
-
-def default_cut(num_layers: int) -> tuple[int, int, int]:
-    """(prelude, recurrent, coda) in the paper's proportions.
-
-    Of 36 layers, the first 8 and the last 8 are kept, and layer 18, counted from 0, is looped.
-    """
-    ends = round(num_layers * 8 / 36)
-    return ends, num_layers // 2, ends
-
-
-def checked_arguments(config: Config, prelude, recurrent, coda, rank, depth, modulation, pool):
-    """(prelude, recurrent, coda), with defaults instead of None.
-
-    Raises UserError for arguments that do not fit a model of this Config. train.py calls it, too, before
-    the weights are loaded.
-    """
-    check_choice("depth", depth, range(1, MAX_STEPS + 1))
-    check_choice("modulation", modulation, ("controller", "static", "none"))
-    check_choice("pool", pool, POOLS)
-    if modulation != "none":
-        check_rank(config, rank)
-    return checked_cut(config.num_hidden_layers, prelude, recurrent, coda)
-
-
-def checked_cut(num_layers: int, prelude, recurrent, coda) -> tuple[int, int, int]:
-    """(prelude, recurrent, coda), with defaults instead of None.
-
-    Raises UserError unless layers are kept at both ends, the recurrent one lies between, and one is
-    removed.
-    """
-    default_prelude, default_recurrent, default_coda = default_cut(num_layers)
-    prelude = default_prelude if prelude is None else prelude
-    recurrent = default_recurrent if recurrent is None else recurrent
-    coda = default_coda if coda is None else coda
-
-    first_of_coda = num_layers - coda
-    ends_are_kept = prelude >= 1 and coda >= 1
-    recurrent_is_between = prelude <= recurrent < first_of_coda
-    some_are_removed = first_of_coda - prelude > 1
-    if not (ends_are_kept and recurrent_is_between and some_are_removed):
-        raise UserError(
-            f"prelude {prelude}, recurrent {recurrent} (counted from 0), coda {coda} is not a cut of "
-            f"{num_layers} layers: keep at least one layer at each end, choose the recurrent one between "
-            "them, and remove at least one"
-        )
-    return prelude, recurrent, coda
-
-
-def check_rank(config: Config, rank: int):
-    """Raise UserError unless 1 <= rank <= the smaller side of every projection of a layer."""
-    with torch.device("meta"):  # shapes without memory
-        layer = DecoderLayer(config)
-    largest = min(min(projection.weight.shape) for projection in layer.projections().values())
-    if not 1 <= rank <= largest:
-        raise UserError(f"rank {rank} does not fit this model: its smallest projection allows 1 to {largest}")
-
-
-def check_choice(name: str, value, choices):
-    """Raise UserError unless the value is one of the choices."""
-    if value not in choices:
-        if isinstance(choices, range):
-            raise UserError(f"{name} {value}: give a whole number from {choices[0]} to {choices[-1]}")
-        raise UserError(f"{name} {value!r}: give one of {', '.join(choices)}")
+        bases = {}
+        for k in PROJECTIONS:
+            if f"lora.{k}.A" in tensors:
+                bases[k] = (tensors[f"lora.{k}.A"], tensors[f"lora.{k}.B"])
+        model = cls(qwen, bases=bases, **saved["settings"])
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        if not frozen.isdisjoint(tensors):
+            # a variant has trained layers of the pretrained model, which itself stays as it is
+            model = copy.deepcopy(model)
+        model.restore(tensors)
+        for part in (model.embed_tokens, model.prelude, model.recurrent, model.coda, model.norm, model.lora):
+            part.to(device, dtype)
+        if model.lm_head is not None:
+            model.lm_head.to(device, dtype)
+        return model.to(device)

@@ -1,25 +1,25 @@
-"""The Qwen2.5 decoder in plain PyTorch: the model and its loading.
+"""The Qwen2.5 decoder in plain PyTorch: the model, its weights from a folder or the Hub, and generation.
 
-One thing here is unusual. A layer does not call its projections itself: where one would write linear(x),
-it calls project(linear, x, name), and `project` is an argument of the layer's forward. By default
+One thing here is unusual. A layer does not call its projections itself: where one would write linear(x), it
+calls project(linear, x, name), and `project` is an argument of the layer's forward. By default
 project(linear, x, name) is linear(x). ouroboros.py passes a function that adds a low-rank update, which
 differs from position to position.
 
-Letters in shapes: B sequences, T tokens, S tokens including those in a cache (S >= T), d hidden_size,
-H attention heads, H_kv key-value heads, D head_dim, V vocab_size.
+Letters in shapes: B sequences, T tokens, S tokens including those in a cache (S >= T), d hidden_size, H
+attention heads, H_kv key-value heads, D head_dim, V vocab_size.
 """
 
-import re
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fast import attend_without_groups, fused_attention_fits, head_cross_entropy
-from generation import new_tokens
-from hub import check_fit, fingerprint, full_name, is_weight, read_config, read_tensors
-from hub import load_tokenizer as load_tokenizer  # for those who import it from here
+from support.fast import attend_without_groups, grouped_attention_fits, head_cross_entropy, promote
+from support.files import UserError, check_number, full_name, one_line
+from support.pretrained import load_tokenizer as load_tokenizer  # for those who import it from here
+from support.pretrained import read_config_numbers, read_weights
 
 # The names of the seven projections of a layer, as in a Hub checkpoint.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -45,7 +45,7 @@ class Config:
     @classmethod
     def from_pretrained(cls, folder_or_repo) -> "Config":
         """Read config.json. Raises UserError for a model that this decoder cannot run."""
-        return cls(**read_config(folder_or_repo))
+        return cls(**read_config_numbers(folder_or_repo))
 
 
 # ---- Rotary positions ------------------------------------------------------------------------------------
@@ -87,9 +87,8 @@ def attend(q, k, v):
     positions. H / H_kv query heads share a key-value head (grouped-query attention).
     """
     T, S = q.shape[2], k.shape[2]
-    if not fused_attention_fits(q, S):
-        # On MPS, for short bfloat16 sequences on a CPU, for float32 on CUDA: in another form (fast.py).
-        return attend_without_groups(q, k, v)
+    if not grouped_attention_fits(q, S):
+        return attend_without_groups(q, k, v)  # the same in another form, for some devices and types
     if T == 1:  # a single new token sees all keys
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     if T == S:
@@ -100,10 +99,7 @@ def attend(q, k, v):
 
 
 def apply_projection(projection: nn.Linear, x, name: str):
-    """The default for `project`: apply the projection as it is. x [B, T, in] -> [B, T, out]
-
-    name, one of PROJECTIONS, is not used here. A function in its place may need it.
-    """
+    """The default for `project`: apply the projection as it is. x [B, T, in] -> [B, T, out]"""
     return projection(x)
 
 
@@ -181,8 +177,8 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). x [B, T, d] -> [B, T, d]
 
-    rotary: the cosine and sine of the T positions, from rotary_at. cache: the KVCache of this layer call,
-    or None. project(projection, x, name): applies the projection called `name`, one of PROJECTIONS.
+    rotary: the cosine and sine of the T positions, from rotary_at. cache: the KVCache of this layer call, or
+    None. project(projection, x, name): applies the projection called `name`, one of PROJECTIONS.
     """
 
     def __init__(self, config: Config):
@@ -213,56 +209,87 @@ class DecoderLayer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """What the plain and the looped model share: it turns hidden states into logits, a loss or text.
+    """What the plain and the looped model share: hidden states become logits, a loss or text.
 
-    A subclass has the attributes config, embed_tokens and lm_head (None where the head is tied to the
-    embedding). **options are passed on to hidden(), and by generate() to new_cache() too: the looped
-    model takes `depth`.
+    A subclass has config, embed_tokens, lm_head (None where the head is tied to the embedding), and the
+    methods hidden(ids, cache) and new_cache(). loop: depth=N, for the looped model alone.
     """
-
-    def hidden(self, ids, cache=None, **options):
-        """ids [B, T] -> normalised last hidden states [B, T, d].
-
-        With a cache, ids follow the tokens in it.
-        """
-        raise NotImplementedError
-
-    def new_cache(self, **options):
-        """An empty cache for hidden(). None if the model cannot use one; generate() then recomputes all."""
-        raise NotImplementedError
 
     @property
     def head_weight(self):
         """The matrix that turns hidden states into logits, [V, d]."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, ids, **options):
+    def forward(self, ids, **loop):
         """ids [B, T] int64 -> logits [B, T, V]"""
-        return F.linear(self.hidden(ids, **options), self.head_weight)
+        return F.linear(self.hidden(ids, **loop), self.head_weight)
 
-    def loss(self, ids, targets, **options):
+    def loss(self, ids, targets, **loop):
         """The mean cross entropy, in nats. ids and targets: [B, T] each.
 
         targets[:, i] is the token that should follow ids[:, i]; the caller has shifted them (Batches in
         data.py). A target of -100 does not count.
         """
-        h = self.hidden(ids, **options)  # [B, T, d]
-        # F.cross_entropy(F.linear(h, head_weight).flatten(0, 1), targets.flatten()), in less memory (fast.py)
+        h = self.hidden(ids, **loop)  # [B, T, d]
+        # F.cross_entropy(F.linear(h, head_weight).flatten(0, 1), targets.flatten()), in less memory
         return head_cross_entropy(h, self.head_weight, targets)
 
-    def generate(self, ids, max_new_tokens=32, temperature=0.0, top_p=1.0, **options):
+    def generate(self, ids, max_new_tokens=32, temperature=0.0, top_p=1.0, **loop):
         """Continue prompts of one length: ids [B, T] -> [B, T + n] with n <= max_new_tokens.
 
-        Takes the likeliest token at temperature 0 and samples otherwise. top_p: the share of the probability
-        from which it samples, that of the likeliest tokens. generation.py says when a text ends.
+        temperature, top_p: see next_token. Raises UserError for values that are not possible.
         """
-        for token in new_tokens(self, ids, max_new_tokens, temperature, top_p, **options):
+        for token in self.new_tokens(ids, max_new_tokens, temperature, top_p, **loop):
             ids = torch.cat([ids, token], dim=1)
         return ids
 
+    @torch.no_grad()
+    def new_tokens(self, ids, max_new_tokens: int, temperature=0.0, top_p=1.0, **loop):
+        """Yield one more token of all prompts, [B, 1] int64, for each step of the generation.
 
-class NotLoaded(nn.Module):
-    """Stands in for a layer that was not loaded."""
+        Stops after max_new_tokens, or when every text has produced one of the config's end tokens; texts that
+        ended earlier are padded with the first of these.
+        """
+        check_number("max_new_tokens", max_new_tokens, 1, 10**6)
+        ends = torch.tensor(self.config.eos_token_id, dtype=torch.int64, device=ids.device)
+        padding = self.config.eos_token_id[0] if self.config.eos_token_id else 0
+        done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+
+        cache = self.new_cache(**loop)
+        unseen = ids  # the tokens that are not in the cache yet
+        for _ in range(max_new_tokens):
+            h = self.hidden(unseen, cache=cache, **loop)
+            logits = promote(F.linear(h[:, -1], self.head_weight))  # [B, V]
+            token = next_token(logits, temperature, top_p)
+            token = torch.where(done, padding, token)
+            yield token
+
+            done = done | torch.isin(token, ends)
+            if done.all():
+                return
+            unseen = token if cache is not None else torch.cat([unseen, token], dim=1)
+
+
+def next_token(logits, temperature: float, top_p: float):
+    """The likeliest token at temperature 0, otherwise one that is drawn. logits [B, V] -> [B, 1]
+
+    It is drawn from the likeliest tokens that together have at least the probability top_p (arXiv 1904.09751,
+    section 3.1). Raises UserError for a number out of its range and for logits that are not finite.
+    """
+    if temperature != 0:
+        check_number("temperature", float(temperature), 0.001, 1000.0)
+    check_number("top_p", float(top_p), 1e-6, 1.0)
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite; give an earlier checkpoint or another depth")
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+
+    p = (logits / temperature).softmax(-1)
+    sorted_p, order = p.sort(dim=-1, descending=True)
+    mass_before = sorted_p.cumsum(-1) - sorted_p  # of the likelier tokens
+    kept = sorted_p * (mass_before < top_p)
+    choice = torch.multinomial(kept, num_samples=1)  # a place in the order
+    return order.gather(-1, choice)
 
 
 class Qwen(LanguageModel):
@@ -274,8 +301,7 @@ class Qwen(LanguageModel):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.source = None  # the folder or Hub name of the weights; a saved Ouroboros refers to it,
-        self.fingerprint = None  # and recognises it by this
+        self.source = None  # the folder or Hub name of the weights, to which a saved Ouroboros refers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -287,6 +313,7 @@ class Qwen(LanguageModel):
         return [KVCache() for _ in self.layers]
 
     def hidden(self, ids, cache: list[KVCache] | None = None):
+        """ids [B, T] -> normalised last hidden states [B, T, d]. Those in a cache come before ids."""
         first = 0 if cache is None else cache[0].length
         rotary = rotary_at(self.config, first, ids.shape[1], ids.device)
         if cache is None:
@@ -298,37 +325,52 @@ class Qwen(LanguageModel):
         return self.norm(x)
 
     @classmethod
-    def from_pretrained(cls, folder_or_repo, dtype=torch.float32, device="cpu", layers=None) -> "Qwen":
-        """Load and freeze the weights of a folder, of a Hub repository, or of "tiny", a small model that
-        comes with this program.
+    def without_weights(cls, folder_or_repo) -> "Qwen":
+        """The model that config.json describes, with shapes and no weights: on the meta device."""
+        with torch.device("meta"):
+            return cls(Config.from_pretrained(folder_or_repo))
 
-        layers: the indices of the layers to load, by default all. Each other one becomes a NotLoaded; a
-        saved Ouroboros (ouroboros.py) does not need the layers that it has removed. Raises UserError for
-        a checkpoint that is damaged or that this decoder cannot run.
+    @classmethod
+    def from_pretrained(cls, folder_or_repo, dtype=torch.float32, device="cpu") -> "Qwen":
+        """Load and freeze the weights of a folder, of a Hub repository, or of "tiny", which comes with this
+        program.
+
+        dtype None leaves the weights in their files, on the CPU and in their own type: each is read when it
+        is first used. Raises UserError for a checkpoint that is damaged or that this decoder cannot run.
         """
         config = Config.from_pretrained(folder_or_repo)
-        left_out = set()
-        if layers is not None:
-            left_out = set(range(config.num_hidden_layers)) - set(layers)
-
-        def needed(name: str) -> bool:
-            if not is_weight(name, config.tie_word_embeddings):
-                return False
-            layer = re.match(r"model\.layers\.(\d+)\.", name)
-            return layer is None or int(layer[1]) not in left_out
-
         tensors = {}
-        for name, tensor in read_tensors(folder_or_repo, needed, dtype, device).items():
+        for name, tensor in read_weights(folder_or_repo):
+            if dtype is not None:
+                tensor = tensor.to(device, dtype, copy=True)  # a copy, since the file may change later
             tensors[name.removeprefix("model.")] = tensor
+        if config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
 
         biases = any(name.endswith("q_proj.bias") for name in tensors)
         with torch.device("meta"):  # shapes without memory, until the loaded tensors are assigned
             model = cls(replace(config, attention_bias=biases))
-        for i in left_out:
-            model.layers[i] = NotLoaded()
-        check_fit(folder_or_repo, model.state_dict(), tensors)
-        model.load_state_dict(tensors, assign=True)
+        try:
+            model.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:  # it says which names or shapes differ
+            raise UserError(
+                f"{folder_or_repo}: its weights do not fit its config.json ({one_line(error)})"
+            ) from error
         model.requires_grad_(False)
         model.source = full_name(folder_or_repo)
-        model.fingerprint = fingerprint(folder_or_repo)
         return model.eval()
+
+    def fingerprint(self) -> str:
+        """A hash of the config and of samples of all weights, by which a saved Ouroboros recognises its base.
+
+        It is the same wherever the files lie and in which type the weights were loaded.
+        """
+        shape = asdict(replace(self.config, eos_token_id=()))
+        digest = hashlib.sha256(str(shape).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            values = tensor.flatten()
+            last = max(0, len(values) - 256)
+            # four times 256 neighbouring values: of a mapped file, only a few pages are read
+            samples = [values[i * last // 3 :][:256] for i in range(4)]
+            digest.update(name.encode() + torch.cat(samples).bfloat16().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -1,310 +1,445 @@
 """Check the program on a GPU, in about ten minutes and without a network: python experiments/gpu_check.py
 
-Each row of the table is a check of gpu_correct.py or gpu_speed.py, and runs in a process of its own. A row
-that fails is named, and the next one goes on. The table is printed as it grows, and written to
-gpu-check/gpu_check.md. All numbers are in gpu_check.json beside it, and what a row has printed is in a log
-there. The exit code is 1 if a row failed or had no time to begin.
-
-The models are tiny, and random weights in the shapes of Qwen2.5-0.5B and, where the GPU has room for it, of
-Qwen2.5-3B. Rows that compare with transformers are left out where it is not installed. Without a GPU,
---device cpu --small runs all rows that need none on tiny.
+The table is printed as it grows and written to OUT/table.md; the exit code is 1 if a row failed. The models
+are tiny, and random weights in the shapes of Qwen2.5-0.5B and, where the GPU has room for it, of Qwen2.5-3B.
+The released recipe needs transformers. Without a GPU, --device cpu --small checks what needs none on tiny.
 """
 
-import argparse
-import json
+import gc
 import os
-import platform
-import signal
 import subprocess
 import sys
 import time
-from datetime import date
+import warnings
+from argparse import SUPPRESS, ArgumentParser
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import threads  # noqa: F401 (it has to come before torch)
-
-# isort: split
+from statistics import mean, median
+from tempfile import TemporaryDirectory
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from device import pick_device
-from experiments import gpu_correct, gpu_speed
-from experiments.contestants import (
-    COMPILED,
-    COMPILED_DISTILLED,
-    COMPILED_PATCH,
-    COMPILED_RECOMPUTED,
-    COMPILED_STATIC,
-    OBVIOUS,
-    OURS,
-    RECOMPUTED,
-    STATIC,
-)
-from experiments.gpu_setting import FAILED, NOT_RUN, Line, Setting
-from experiments.gpu_speed import step_name, summary
-from files import UserError, exit_on_user_error, replace_file, write_json
-from run_folder import claim_new_folder
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-COLUMNS = ("check", "result", "verdict")
-ROW_SECONDS = 400  # a row that takes longer is ended
-SECONDS_TO_END = 30  # that its programs get to end themselves
+import train
+from ouroboros import Ouroboros, prefix_mean
+from patch import Patched, distillation_loss
+from qwen import PROJECTIONS, Config, Qwen, rotary_at
+from support import fast
+from support.files import check_choice, is_out_of_memory, one_line, run_program, write_text
+from support.machine import pick_device, pick_dtype
+from support.options import PAPER_MODEL, default_model
+from support.run import read_log
 
+DEPTH = 8
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # the largest relative error
+SIZES = {
+    "0.5B": Config(151936, 896, 4864, 24, 14, 2, 64, tie_word_embeddings=True),
+    "3B": Config(151936, 2048, 11008, 36, 16, 2, 128, tie_word_embeddings=True),
+}
 
-def main():
-    args = parse_arguments()
-    # SIGTERM ends the program as Ctrl-C does: by an exception, after which a row ends what it has begun.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    device = pick_device(args.device)
-    if device.type != "cuda" and not args.small:
-        raise UserError(f"{device}: only a CUDA GPU runs the large models; add --small")
-    setting = Setting(device, args.small)
-    if args.row is not None:
-        run_row(args.row, setting, args.out)
-        return
-
-    names = chosen_rows(args.rows, setting)
-    out = claim_new_folder(args.out, "gpu-check")
-    started = time.monotonic()
-    print(machine_name(device), flush=True)
-    print_row(COLUMNS)
-    print_row(["---"] * len(COLUMNS))
-    results = {}  # {row: its result}
-    late = []  # the rows that had no time
-    for name in names:
-        if time.monotonic() - started > 60 * args.minutes:
-            result = no_result(f"not begun: the {args.minutes:g} minutes were over", NOT_RUN)
-            late.append(name)
-        else:
-            result = result_of(name, setting, out)
-        results[name] = result
-        print_lines(name, result["lines"])
-        write_results(results, device, out)
-    if args.rows is None:
-        in_sum = [vars(line) for line in summary(results, setting)]
-        results["in sum"] = {"lines": in_sum, "numbers": {}}
-        print_lines("in sum", in_sum)
-        write_results(results, device, out)
-
-    minutes = (time.monotonic() - started) / 60
-    print(f"\n{minutes:.1f} minutes; the table and the logs are in {out}")
-    failed = [name for name, result in results.items() if has_failed(result)]
-    if late:
-        print(f"not run for lack of time, which --minutes gives: {'; '.join(late)}")
-    if failed:
-        print(f"failed: {'; '.join(failed)}")
-    if failed or late:
-        sys.exit(1)
+# ---- Is it right? ----------------------------------------------------------------------------------------
+#
+# A row is a function of the device and of `small` that yields (what, result, whether it is as it should be).
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    option = parser.add_argument
-    option("--device", default="auto", help="cuda, cuda:1, or cpu with --small. Default: the GPU.")
-    option("--small", action="store_true", help="Only tiny, with short sequences and few steps.")
-    option("--minutes", type=float, default=10, help="No row begins after so many minutes. Default: 10.")
-    option(
-        "--out",
-        type=Path,
-        default=Path("gpu-check"),
-        help="The empty folder for the table, the numbers and the logs. Default: gpu-check.",
-    )
-    option("--rows", nargs="+", metavar="ROW", help="Only the rows with these names. Default: all.")
-    option("--row", help=argparse.SUPPRESS)  # run this row only, and write its result: a process of main
-    args = parser.parse_args()
-    if not args.minutes >= 0:
-        raise UserError(f"--minutes {args.minutes}: give a number from 0")
-    return args
+def forget():
+    """Free what is compiled and what no variable holds any more, so that each model begins alike."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
-# ---- The rows --------------------------------------------------------------------------------------------
+def random_tokens(*shape):
+    """The same tokens each time, on the CPU."""
+    return torch.randint(0, 4096, shape, generator=torch.Generator().manual_seed(1))
 
 
-def rows_of(setting: Setting) -> dict:
-    """{name: row}, in the order in which they run: what matters most comes first."""
-    largest = setting.largest
-    rows = {
-        "precision": partial(gpu_correct.precision, setting, False),
-        "generation with a cache": partial(gpu_correct.cached_generation, setting),
-        "compilation": partial(gpu_correct.compilation, setting),
-        "waiting for the GPU": partial(gpu_correct.waits_of_a_step, setting),
-        "out of memory": partial(gpu_correct.out_of_memory, setting),
-        "torchrun": partial(gpu_correct.one_process_under_torchrun, setting),
-        "bases": partial(gpu_correct.bases, setting),
-        "matrix product": partial(gpu_speed.matrix_product, setting),
-    }
-    for kind in (OBVIOUS, OURS, COMPILED, COMPILED_RECOMPUTED):
-        rows[step_name(largest, kind)] = partial(gpu_speed.training_step, setting, largest, kind)
-    rows["a run that is killed"] = partial(gpu_correct.killed_run, setting)
-    for batch_size in (1, 8):
-        name = f"generation, batch of {batch_size}"
-        rows[name] = partial(gpu_speed.generation_speed, setting, batch_size)
-    for kind in (COMPILED_PATCH, COMPILED_DISTILLED, COMPILED_STATIC, RECOMPUTED, STATIC):
-        rows[step_name(largest, kind)] = partial(gpu_speed.training_step, setting, largest, kind)
-    rows["where the time goes"] = partial(gpu_speed.profile, setting)
-    rows["precision, compiled"] = partial(gpu_correct.precision, setting, True)
-    rows["cuDNN's attention"] = partial(gpu_speed.step_with_cudnn, setting)
-    for model in setting.models[:-1]:
-        for kind in (OURS, COMPILED):
-            rows[step_name(model, kind)] = partial(gpu_speed.training_step, setting, model, kind)
-
-    if not setting.on_cuda:
-        need_cuda = ["waiting for the GPU", "out of memory", "where the time goes", "cuDNN's attention"]
-        # Each row that compiles takes a minute on a CPU: that of COMPILED is enough.
-        need_cuda.append("precision, compiled")
-        for kind in (COMPILED_RECOMPUTED, COMPILED_PATCH, COMPILED_DISTILLED, COMPILED_STATIC):
-            need_cuda.append(step_name(largest, kind))
-        rows.update(dict.fromkeys(need_cuda, needs_a_gpu))
-    return rows
+def relative_error(value, expected) -> float:
+    value, expected = value.double().cpu(), expected.double().cpu()
+    return ((value - expected).norm() / expected.norm()).item()
 
 
-def needs_a_gpu():
-    return [Line("", "needs a CUDA GPU", NOT_RUN)], {}
+def looped_model(kind, dtype, device):
+    """(a looped model on tiny, its full model), with the same random weights in every type and place."""
+    forget()
+    torch.manual_seed(0)
+    original = kind(Qwen.from_pretrained("tiny", torch.float64), depth=DEPTH)
+    for p in original.trained_parameters().values():
+        p.data += 0.05 * torch.randn(p.shape)  # so that no part is without effect
+    full = Qwen.from_pretrained("tiny", dtype, device)
+    model = kind(full, depth=DEPTH)
+    model.restore(original.saved_tensors())
+    return model, full
 
 
-def chosen_rows(chosen: list[str] | None, setting: Setting) -> list[str]:
-    """The names of the rows that run. Raises UserError for a name that is none."""
-    names = list(rows_of(setting))
-    for name in chosen or []:
-        if name not in names:
-            choices = "; ".join(names)
-            raise UserError(f"--rows {name!r}: no such row; there are: {choices}")
-    return chosen or names
-
-
-# ---- A row -----------------------------------------------------------------------------------------------
-
-
-def run_row(name: str, setting: Setting, out: Path):
-    """Run one row in this process, and write its result, a file of its own in `out`."""
-    try:
-        lines, numbers = rows_of(setting)[name]()
-    except torch.OutOfMemoryError as error:
-        print(error)
-        verdict = FAILED if setting.is_large else NOT_RUN
-        lines = [Line("", "needs more memory than this GPU has", verdict)]
-        numbers = {}
-    write_json(result_file(name, out), {"lines": [vars(line) for line in lines], "numbers": numbers})
-
-
-def result_of(name: str, setting: Setting, out: Path) -> dict:
-    """The result of a row that runs in a process of its own: {"lines": [...], "numbers": {...}}."""
-    command = [sys.executable, __file__, "--row", name, "--device", str(setting.device), "--out", str(out)]
-    if setting.small:
-        command.append("--small")
-    log = result_file(name, out).with_suffix(".log")
-    with open(log, "w") as output:
-        # a session of its own, so that the programs that the row has started end with it
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        try:
-            code = process.wait(ROW_SECONDS)
-        except subprocess.TimeoutExpired:
-            code = None
-            end(process)
-        except BaseException:  # Ctrl-C ends the row too
-            end(process)
-            raise
-
-    if code is None:
-        return no_result(f"not done after {ROW_SECONDS} seconds; see {log}")
-    if code != 0:
-        last_line = log.read_text(errors="replace").strip().splitlines()[-1:]
-        return no_result(f"{''.join(last_line)[:200]}; see {log}")
-    path = result_file(name, out)
-    result = json.loads(path.read_text())
-    path.unlink()
-    return result
-
-
-def result_file(name: str, out: Path) -> Path:
-    """Where a row writes its result."""
-    words = "".join(letter if letter.isalnum() else " " for letter in name).split()
-    return out / f"{'-'.join(words)}.json"
-
-
-def end(process: subprocess.Popen):
-    """End a row and all that it has started. torchrun passes SIGTERM on to processes that we do not know."""
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(SECONDS_TO_END)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def no_result(reason: str, verdict=FAILED) -> dict:
-    """The result of a row that gave none."""
-    return {"lines": [vars(Line("", reason, verdict))], "numbers": {}}
-
-
-def has_failed(result: dict) -> bool:
-    return any(line["verdict"] == FAILED for line in result["lines"])
-
-
-def write_results(results: dict, device, out: Path):
-    """Write the table and the numbers so far."""
-    write_json(out / "gpu_check.json", {"machine": machine(device), "rows": results})
-    text = table(device, results)
-    replace_file(out / "gpu_check.md", lambda part: part.write_text(text, encoding="utf-8"))
-
-
-# ---- The table -------------------------------------------------------------------------------------------
-
-
-def machine(device) -> dict:
-    """The machine and its software."""
-    description = {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        description["device"] = properties.name
-        description["memory"] = f"{properties.total_memory / 1e9:.1f} GB"
-        description["compute capability"] = f"{properties.major}.{properties.minor}"
-        description["cuda"] = torch.version.cuda
+def values_of(model, full, length: int) -> dict:
+    """{what: tensor} of the logits, the loss and all gradients."""
+    ids, targets = random_tokens(2, 2, length).to(model.norm.weight.device)
+    if isinstance(model, Patched):
+        loss = distillation_loss(model, full, 0.5, ids, targets)
     else:
-        description["device"] = f"{device}, {os.cpu_count()} cores"
-    return description
+        loss = model.loss(ids, targets)
+    loss.backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.trained_parameters().values()])
+    return {"logits": model(ids).detach(), "loss": loss.detach(), "gradients": gradients}
 
 
-def machine_name(device) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in machine(device).items())
+@torch.no_grad()
+def logits_with_cache(model, length: int):
+    """The logits of the same text, read as a prompt, then several tokens at once, then one by one."""
+    ids, _ = random_tokens(2, 2, length).to(model.norm.weight.device)
+    cache = model.new_cache()
+    pieces = ids.split([length - 16, 8] + 8 * [1], dim=1)
+    with fast.eager():
+        return torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
 
 
-def cells_of(name: str, lines: list[dict]) -> list[list[str]]:
-    """The rows of the table, for the lines of a row: those of COLUMNS."""
-    rows = []
-    for line in lines:
-        what = f"{name}: {line['what']}" if line["what"] else name
-        rows.append([what, line["result"], line["verdict"]])
+def precision(device, small, compiled=False):
+    """Logits, loss and gradients beside those in float64 on the CPU."""
+    length = 64 if small else 256
+    for kind in (Ouroboros, Patched):
+        model, full = looped_model(kind, torch.float64, "cpu")
+        exact = values_of(model.double(), full, length)
+        exact["logits with a cache"] = exact["logits"]
+        for dtype, tolerance in TOLERANCE.items():
+            model, full = looped_model(kind, dtype, device)
+            if compiled:
+                fast.compile_blocks(model, full)
+            values = values_of(model, full, length)
+            values["logits with a cache"] = logits_with_cache(model, length)
+            for what, value in values.items():
+                error = relative_error(value, exact[what])
+                name = f"{kind.__name__}, {str(dtype)[6:]}, {what}"
+                yield name, f"relative error {error:.1e}, at most {tolerance:g}", error < tolerance
+
+
+def compilations(device, small):
+    """How many graphs torch.compile makes of a model as the depth grows to 16, and its breaks."""
+    counters = torch._dynamo.utils.counters
+    ids, targets = random_tokens(2, 2, 64).to(device)
+    for kind in (Ouroboros, Patched):
+        forget()
+        counters.clear()
+        model = kind(Qwen.from_pretrained("tiny", pick_dtype("auto", device), device), depth=16)
+        fast.replace_blocks(model, partial(torch.compile, backend="eager"))  # the same graphs, not optimised
+        for depth in (1, 2, 16):
+            model.loss(ids, targets, depth=depth).backward()
+        graphs = counters["stats"]["unique_graphs"]
+        breaks = sum(counters["graph_break"].values())
+        yield kind.__name__, f"{graphs} graphs, {breaks} graph breaks", graphs <= 4 and breaks == 0
+
+
+def short_run(device, small, run: Path, steps: int) -> list[str]:
+    """A command line of train.py for a short run of tiny on the source code of this program."""
+    text = run.with_name("text.txt")
+    write_text(text, "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))))
+    options = f"--model tiny --steps {steps} --eval-every {steps} --eval-sequences 4 --compile off".split()
+    if small:
+        options += ["--seq-len", "64", "--batch-size", "2", "--depth", "2"]
+    return [*options, "--data", str(text), "--device", str(device), "--out", str(run)]
+
+
+def train_silently(*argv):
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        train.main(argv)
+
+
+def waits(device, small):
+    """How often an optimizer step waits for the GPU, by torch's own warnings."""
+    counts = []
+    torch.cuda.set_sync_debug_mode("warn")
+    for steps in (3, 6):  # what comes before the first step and after the last is in both
+        with TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train_silently(*short_run(device, small, Path(folder) / "run", steps), "--accumulation", "2")
+        counts.append(sum("called a synchronizing" in str(warning.message) for warning in caught))
+    torch.cuda.set_sync_debug_mode("default")
+    waits_of_a_step = (counts[1] - counts[0]) / 3
+    yield "in an optimizer step", f"{waits_of_a_step:g}", waits_of_a_step == 1
+
+
+def out_of_memory(device, small):
+    """A run that gets 200 MB of the GPU has to end with an error that run_program knows."""
+    forget()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(2e8 / total, device)
+    ended = None
+    with TemporaryDirectory() as folder:
+        argv = short_run(device, False, Path(folder) / "run", 3)
+        try:
+            train_silently(*argv, "--batch-size", "32", "--seq-len", "1024")
+        except RuntimeError as error:
+            ended = error
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    yield "with 200 MB", type(ended).__name__, ended is not None and is_out_of_memory(ended)
+
+
+def killed_run(device, small):
+    """A run that is killed and resumed, beside one that was left alone."""
+    steps = 8 if small else 60
+    with TemporaryDirectory() as folder:
+        alone = Path(folder) / "alone"
+        killed = Path(folder) / "killed"
+        saves = ["--save-every", str(steps // 4)]
+        train_silently(*short_run(device, small, alone, steps), *saves)
+
+        command = [sys.executable, "train.py", *short_run(device, small, killed, steps), *saves]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(read_log(killed)) <= steps // 2:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        train_silently("--resume", str(killed))
+        losses = [[row["loss"] for row in read_log(run)] for run in (alone, killed)]
+    difference = mean(abs(a - b) for a, b in zip(*losses, strict=True))
+    limit = 0.0 if device.type == "cpu" else 0.02  # some kernels of CUDA add in an order that changes
+    yield "", f"the losses of the steps differ by {difference:.1e} on average", difference <= limit
+
+
+# ---- The released model's recipe -------------------------------------------------------------------------
+
+
+class Recipe(nn.Module):
+    """An Ouroboros as one would first write it, made of the weights of one of ours.
+
+    It stands on the layers of transformers, computes all logits at once and everything in one type.
+    """
+
+    def __init__(self, ours: Ouroboros, full: Qwen):
+        super().__init__()
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        shape = asdict(replace(full.config, eos_token_id=None))
+        rope = {"rope_type": "default", "rope_theta": shape.pop("rope_theta")}
+        with torch.device("meta"):
+            hf = Qwen2ForCausalLM(Qwen2Config(**shape, rope_parameters=rope))
+        tensors = {f"model.{name}": tensor for name, tensor in full.state_dict().items()}
+        hf.load_state_dict(tensors, strict=False, assign=True)
+        self.config = full.config
+        self.embed_tokens = hf.model.embed_tokens
+        self.prelude = hf.model.layers[: len(ours.prelude)]
+        self.recurrent = hf.model.layers[ours.settings["recurrent"]]
+        self.coda = hf.model.layers[-len(ours.coda) :]
+        self.norm = hf.model.norm
+        self.requires_grad_(False)
+
+        self.m = {}  # the diagonals of a step, set before the recurrent layer runs
+        self.lora = ours.lora
+        for name, projection in self.recurrent.named_modules():
+            k = name.rpartition(".")[2]
+            if k in PROJECTIONS:
+                projection.register_forward_hook(partial(self.modulate, k))
+        self.controller = ours.controller
+        self.gate = ours.gate
+        self.step_norm = ours.step_norm
+        self.to(full.norm.weight)
+
+    def modulate(self, k, projection, inputs, output):
+        return output + self.lora[k](inputs[0], self.m[k])
+
+    def loss(self, ids, targets):
+        """The mean cross entropy of targets [B, T], aligned with ids [B, T]."""
+        h = self.embed_tokens(ids)
+        count = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        cos, sin = rotary_at(self.config, 0, ids.shape[1], ids.device)
+        rotary = (cos[None].to(h.dtype), sin[None].to(h.dtype))
+        for layer in self.prelude:
+            h = layer(h, position_embeddings=rotary)
+        for t in range(DEPTH):
+            pooled = h.float().cumsum(1) / count[:, None]
+            self.m = self.controller(pooled.to(h.dtype), t)
+            h_new = self.step_norm(self.recurrent(h, position_embeddings=rotary), t)
+            g = self.gate(h_new, h)
+            h = g * h_new + (1 - g) * h
+        for layer in self.coda:
+            h = layer(h, position_embeddings=rotary)
+        logits = F.linear(self.norm(h), self.embed_tokens.weight).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+# ---- Is it fast? -----------------------------------------------------------------------------------------
+
+
+def seconds_of(work, device) -> float:
+    """The median time of some work, after two rounds that do not count."""
+    times = []
+    for _ in range(12 if device.type == "cuda" else 4):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return median(times[2:])
+
+
+def matrix_rate(device, small):
+    """The speed of a product of two large random matrices."""
+    n = 1024 if small else 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=pick_dtype("auto", device))
+    rate = 2 * n**3 / seconds_of(lambda: a @ b, device)
+    yield "", f"{rate / 1e12:.3g} TFLOP/s in {str(a.dtype)[6:]}", True
+
+
+def full_model(size: str, device) -> Qwen:
+    """tiny, or random weights in the shapes of a Qwen2.5."""
+    forget()
+    dtype = pick_dtype("auto", device)
+    if size == "tiny":
+        return Qwen.from_pretrained("tiny", dtype, device)
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    with device:
+        full = Qwen(SIZES[size]).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    full.embed_tokens.weight.mul_(0.02)  # the head is the same matrix: a usual size for the logits
+    return full
+
+
+def training_step(device, small, size, recipe=False, compiled=False, checkpointed=False):
+    """Speed and peak memory of a whole training step, of 2 sequences of 2,048 tokens."""
+    full = full_model(size, device)
+    model = Ouroboros(full, depth=DEPTH)
+    # the least FLOP of a step: from the recurrent layer on, there is a backward pass, too
+    layer = 2 * sum(projection.weight.numel() for projection in model.recurrent.projections().values())
+    layers = len(model.prelude) + 2 * DEPTH + 2 * len(model.coda)
+    flops_per_token = layer * layers + 2 * 2 * model.head_weight.numel()
+    if recipe:
+        model = Recipe(model, full)
+    if compiled:
+        fast.compile_blocks(model)
+    if checkpointed:
+        fast.recompute_activations(model)
+    del full  # and with it the layers that were cut out
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    ids, targets = random_tokens(2, 2, 64 if small else 2048).to(device)
+
+    def step():
+        loss = model.loss(ids, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    loss = step()
+    rate = ids.numel() / seconds_of(step, device)
+    result = f"loss {loss:.4f}, {rate:,.0f} tokens/s, {rate * flops_per_token / 1e12:.3g} TFLOP/s"
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        result += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB at the peak"
+    yield "", result, loss < 100
+
+
+def head_chunks(device, small, size):
+    """The loss of 4,096 positions through the head and its gradient, by the positions of a chunk."""
+    head = full_model(size, device).head_weight
+    h = torch.randn(4096, head.shape[1], device=device, dtype=head.dtype, requires_grad=True)
+    targets = random_tokens(4096).to(device)
+    for chunk in (256, 512, 1024, 2048):
+        fast.HEAD_CHUNK[device.type] = chunk
+        seconds = seconds_of(lambda: fast.head_cross_entropy(h, head, targets), device)
+        yield f"{chunk} positions", f"{1000 * seconds:.1f} ms", True
+
+
+def scan(device, small):
+    """The prefix mean of 2 x 2,048 states of 3B, as it is, and with its sum in 32 blocks of 64."""
+    h = torch.randn(2, 2048, 2048, device=device, dtype=torch.bfloat16)
+
+    def in_blocks(h):
+        sums = h.float().unflatten(1, (-1, 64)).cumsum(2)  # [B, 32, 64, d]
+        before = sums[:, :-1, -1:].cumsum(1)  # the sum of all blocks before each but the first
+        sums = sums + F.pad(before, (0, 0, 0, 0, 1, 0))
+        count = torch.arange(1, h.shape[1] + 1, device=h.device)
+        return (sums.flatten(1, 2) / count[:, None]).to(h.dtype)
+
+    forms = {"as it is": prefix_mean, "in blocks": in_blocks}
+    if device.type == "cuda":
+        forms["as it is, compiled"] = torch.compile(prefix_mean)
+        forms["in blocks, compiled"] = torch.compile(in_blocks)
+    for name, form in forms.items():
+        result = f"{1000 * seconds_of(partial(form, h), device):.2f} ms"
+        yield name, result, relative_error(form(h), prefix_mean(h)) < 0.01
+
+
+# ---- The rows, and the program ---------------------------------------------------------------------------
+
+
+def rows_of(device, small: bool) -> dict:
+    """{name: row} of the rows that can run here, in the order in which they run."""
+    on_cuda = device.type == "cuda"
+    rows = {
+        "precision": precision,
+        "compilations": compilations,
+        "killed and resumed": killed_run,
+        "matrix rate": matrix_rate,
+    }
+    if on_cuda:
+        rows["precision, compiled"] = partial(precision, compiled=True)
+        rows["waits for the GPU"] = waits
+        rows["out of memory"] = out_of_memory
+    sizes = ["tiny"]
+    if not small:
+        sizes = ["0.5B", "3B"] if default_model(device) == PAPER_MODEL else ["0.5B"]
+    for size in sizes:
+        step = partial(training_step, size=size)
+        if find_spec("transformers") is not None:
+            rows[f"step of {size}, the released recipe"] = partial(step, recipe=True)
+        rows[f"step of {size}"] = step
+        if on_cuda:
+            rows[f"step of {size}, compiled"] = partial(step, compiled=True)
+            rows[f"step of {size}, compiled, checkpointed"] = partial(step, compiled=True, checkpointed=True)
+    rows["chunks of the head"] = partial(head_chunks, size=sizes[-1])
+    rows["prefix mean"] = scan
     return rows
 
 
-def print_lines(name: str, lines: list[dict]):
-    for cells in cells_of(name, lines):
-        print_row(cells)
+def lines_of(rows: dict, device, small: bool):
+    """Run the rows, and yield the lines of the table."""
+    yield "| check | result | verdict |"
+    yield "|---|---|---|"
+    for name, row in rows.items():
+        try:
+            for what, result, holds in row(device, small):
+                yield f"| {name} | {what} | {result} | {'ok' if holds else 'FAILED'} |"
+        except RuntimeError as error:  # one of torch; the other rows go on
+            yield f"| {name} | | {one_line(error)} | FAILED |"
 
 
-def row_text(cells) -> str:
-    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__.splitlines()[0], usage=SUPPRESS)
+    option = parser.add_argument
+    option("--device", default="auto", help="cuda, cuda:1, or cpu. [the GPU]")
+    option("--small", action="store_true", help="Only tiny, with short sequences and few steps.")
+    option("--out", type=Path, default=Path("gpu-check"), help="The folder for the table. [gpu-check]")
+    option("--rows", nargs="+", metavar="ROW", help="Only the rows with these names. [all]")
+    options = parser.parse_args(argv)
+    device = pick_device(options.device)
+    small = options.small or device.type != "cuda"
+    rows = rows_of(device, small)
+    for name in options.rows or []:
+        check_choice("--rows", name, rows)
+    rows = {name: rows[name] for name in options.rows or rows}
 
-
-def print_row(cells):
-    print(row_text(cells), flush=True)
-
-
-def table(device, results: dict) -> str:
-    """The whole table in Markdown."""
-    text = [machine_name(device), "", row_text(COLUMNS), row_text(["---"] * len(COLUMNS))]
-    for name, result in results.items():
-        text += [row_text(cells) for cells in cells_of(name, result["lines"])]
-    return "\n".join(text) + "\n"
+    started = time.monotonic()
+    failed = 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    with open(options.out / "table.md", "w", encoding="utf-8") as table:
+        for line in lines_of(rows, device, small):
+            print(line, flush=True)
+            print(line, file=table, flush=True)
+            failed += line.endswith("FAILED |")
+    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes, {failed} failed; torch {torch.__version__}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_program(main)

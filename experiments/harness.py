@@ -1,12 +1,8 @@
 """The models of this repository as lm-evaluation-harness sees them (pip install lm-eval==0.4.13).
 
-A task asks a model for the probability of a continuation, for the probability of a whole text, or for a
-continuation. The questions are texts. What is a task and how it is scored is lm_eval's part; benchmark.py
-runs the tasks.
-
-The answers are those of lm_eval's own class for Hugging Face models, HFLM, for the same weights, with two
-exceptions: log probabilities are always float32, and a text without a context follows the token that ended a
-document in training, <|endoftext|>, which is the first token of a text for the base models of Qwen2.5 too.
+A task asks for the probability of a continuation or of a whole text, or for a continuation. The answers are
+those of lm_eval's own class for Hugging Face models, with two exceptions: log probabilities are always
+float32, and a text without a context follows <|endoftext|>, which ended each document in training.
 """
 
 import math
@@ -17,14 +13,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from device import promote
-from files import UserError
-from hub import END_OF_TEXT
-from qwen import LanguageModel
+from support.fast import promote
+from support.files import UserError
+from support.machine import progress
+from support.pretrained import END_OF_TEXT
 
-STRIDE = 32  # generated tokens after which a text is searched for the strings that end it
 GENERATION_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature"}  # those that are understood here
 
 
@@ -32,19 +26,19 @@ class HarnessModel(TemplateLM):
     """A LanguageModel of qwen.py with its tokenizer.
 
     max_length: the most tokens that the model reads at once. batch_size: of the probabilities; texts are
-    generated one by one. options: passed on to the model, such as depth.
+    generated one by one. depth: an argument of the looped model.
 
     The base class turns a pair of texts, context and continuation, into tokens: spaces at the end of the
     context go to the continuation, and both are encoded together.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer, max_length=2048, batch_size=16, **options):
+    def __init__(self, model, tokenizer, max_length=2048, batch_size=16, **depth):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.batch_size = batch_size
-        self.options = options
+        self.depth = depth
         self._device = model.embed_tokens.weight.device  # the base class's name for it
 
     @property
@@ -60,27 +54,19 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs) -> list[tuple[float, bool]]:
         """What the base class asks for: requests of (texts, context tokens, continuation tokens)."""
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        return self.log_probabilities(pairs, disable_tqdm)
+        return self.log_probabilities([(context, continuation) for _, context, continuation in requests])
 
-    def log_probabilities(self, pairs, disable_tqdm=False) -> list[tuple[float, bool]]:
+    def log_probabilities(self, pairs) -> list[tuple[float, bool]]:
         """(the log probability of the continuation, whether each of its tokens is the likeliest) for each
         pair of context and continuation, which are lists of tokens.
         """
-
-        def length(n: int) -> int:
-            context, continuation = pairs[n]
-            return len(context) + len(continuation)
-
-        longest_first = sorted(range(len(pairs)), key=length, reverse=True)  # little padding in a batch
+        # the longest first, so that there is little padding in a batch
+        order = sorted(range(len(pairs)), key=lambda n: -len(pairs[n][0]) - len(pairs[n][1]))
         answers = [None] * len(pairs)
-        with tqdm(total=len(pairs), desc="probabilities", disable=disable_tqdm) as bar:
-            for first in range(0, len(pairs), self.batch_size):
-                numbers = longest_first[first : first + self.batch_size]
-                batch = [pairs[n] for n in numbers]
-                for n, answer in zip(numbers, self.answer(batch)):
-                    answers[n] = answer
-                bar.update(len(batch))
+        for first in progress(range(0, len(pairs), self.batch_size), desc="probabilities", unit=" batches"):
+            numbers = order[first : first + self.batch_size]
+            for n, answer in zip(numbers, self.answer([pairs[n] for n in numbers])):
+                answers[n] = answer
         return answers
 
     @torch.no_grad()
@@ -92,9 +78,8 @@ class HarnessModel(TemplateLM):
         inputs = []
         for context, continuation in pairs:
             if not 0 < len(continuation) <= self.max_length:
-                text = self.tokenizer.decode(context + continuation)
                 raise UserError(
-                    f"a continuation of {len(continuation)} tokens, at the end of {text[-80:]!r}, where 1 to "
+                    f"a task asks for a continuation of {len(continuation)} tokens, where 1 to "
                     f"{self.max_length} can be scored; change the task or --max-length"
                 )
             # Of a long context, the end. The last token predicts nothing that is asked for.
@@ -103,7 +88,7 @@ class HarnessModel(TemplateLM):
 
         # [B, T]. The padding stands to the right, where no token before it sees it.
         ids = pad_sequence(inputs, batch_first=True, padding_value=self.eot_token_id)
-        h = self.model.hidden(ids, **self.options)  # [B, T, d]
+        h = self.model.hidden(ids, **self.depth)  # [B, T, d]
 
         answers = []
         for i, (_, continuation) in enumerate(pairs):
@@ -113,11 +98,8 @@ class HarnessModel(TemplateLM):
             targets = torch.tensor(continuation, device=self.device)
             loss = F.cross_entropy(logits, targets, reduction="sum").item()
             if not math.isfinite(loss):  # the choice of an answer would mean nothing
-                raise UserError(
-                    "the logits are not finite; try --dtype float32, or an earlier checkpoint, RUN/step-N"
-                )
-            likeliest = bool((logits.argmax(-1) == targets).all())
-            answers.append((-loss, likeliest))
+                raise UserError("the logits are not finite; give an earlier checkpoint, RUN/step-N")
+            answers.append((-loss, bool((logits.argmax(-1) == targets).all())))
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
@@ -127,17 +109,12 @@ class HarnessModel(TemplateLM):
         windows = []
         text_of_window = []
         for n, request in enumerate(requests):
-            (text,) = request.args
-            overlapping = get_rolling_token_windows(
-                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
-            )
-            for window in overlapping:
+            tokens = self.tok_encode(*request.args)
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
                 windows.append(make_disjoint_window(window))
                 text_of_window.append(n)
-
         totals = [0.0] * len(requests)
-        answers = self.log_probabilities(windows, disable_tqdm)
-        for n, (log_probability, _) in zip(text_of_window, answers):
+        for n, (log_probability, _) in zip(text_of_window, self.log_probabilities(windows)):
             totals[n] += log_probability
         return totals
 
@@ -149,15 +126,12 @@ class HarnessModel(TemplateLM):
         Raises UserError for a way of generating that is not known here, such as top_p.
         """
         texts = []
-        for request in tqdm(requests, desc="texts", disable=disable_tqdm):
+        for request in progress(requests, desc="texts", unit=" texts"):
             context, settings = request.args
             settings = normalize_gen_kwargs(settings)
-            unknown = set(settings) - GENERATION_SETTINGS
+            unknown = sorted(set(settings) - GENERATION_SETTINGS)
             if unknown:
-                raise UserError(
-                    f"{request.task_name}: asks for {', '.join(sorted(unknown))} in its generation_kwargs; "
-                    f"only {', '.join(sorted(GENERATION_SETTINGS))} can be set here"
-                )
+                raise UserError(f"{request.task_name}: generation_kwargs {unknown} are not known here")
             ends = [end for end in settings["until"] if end]
             temperature = settings.get("temperature", 0.0)
             texts.append(self.continuation(context, ends, settings["max_gen_toks"], temperature))
@@ -172,14 +146,13 @@ class HarnessModel(TemplateLM):
             )
         prompt = self.tok_encode(context) or [self.prefix_token_id]
         prompt = prompt[-(self.max_length - max_new_tokens) :]
-
         ids = torch.tensor([prompt], device=self.device)
-        longest = len(prompt) + max_new_tokens
-        text = ""
-        while ids.shape[1] < longest:
-            ids = self.model.generate(ids, min(STRIDE, longest - ids.shape[1]), temperature, **self.options)
-            new_tokens = ids[0, len(prompt) :].tolist()
-            text = self.tokenizer.decode(new_tokens, skip_special_tokens=True)
-            if new_tokens[-1] in self.model.config.eos_token_id or any(end in text for end in ends):
+        tokens = []
+        for token in self.model.new_tokens(ids, max_new_tokens, temperature, **self.depth):
+            tokens.append(token.item())
+            # an end string may be a special token, which is not part of the answer
+            shown = self.tokenizer.decode(tokens, skip_special_tokens=False)
+            if any(end in shown for end in ends):
                 break
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return postprocess_generated_text(text, stop=ends, think_end_token=None)

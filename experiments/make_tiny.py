@@ -1,83 +1,109 @@
 """Make the built-in model: python experiments/make_tiny.py --out FOLDER
 
 Trains a byte-level BPE tokenizer, then a small decoder of the Qwen2.5 architecture, and writes both in the
-format of the Hub. The text is the training split of the `python` source; its held-out files are left out of
-both. That takes over an hour on two cores. torch >= 2.9 is needed for torch.optim.Muon, which train.py does
-not use.
+format of the Hub. The text is the training split of `python`, all of it; the held-out files are left out of
+both. It takes over an hour on two cores, and torch >= 2.9 for torch.optim.Muon, which train.py does not use.
 """
 
-import argparse
 import json
 import math
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data import Batches
-from estimates import mean_loss
+from data import CHUNK_CHARACTERS, Batches, PythonSource, Tokens, grouped
 from evaluate import evaluate
-from files import UserError, exit_on_user_error, replace_file
-from hub import END_OF_TEXT, load_tokenizer
-from qwen import Config, Qwen
-from sources import PythonSource
+from qwen import Config, Qwen, load_tokenizer
+from support.files import UserError, replace_file, run_program, write_json
+from support.options import number
+from support.pretrained import END_OF_TEXT
+from support.report import estimate
 
 VOCABULARY = 4096  # tokens
 LENGTH = 256  # tokens of a sequence
 BATCH = 16  # sequences of a step
-HELD_OUT_SEQUENCES = 128
 HEAD_DIM = 32
 
 
-def main():
-    args = parse_arguments()
-    steps = int(args.tokens // (LENGTH * BATCH))
-    if steps < 1:
-        raise UserError(f"--tokens {args.tokens:g}: one step alone has {LENGTH * BATCH} tokens; give more")
+class AllPython(PythonSource):
+    """All of the Python source code, of which train.py reads the first chunk."""
+
+    def chunks(self, split: str):
+        files = self._files("stdlib", Path(json.__file__).parents[1])
+        files += self._files("torch", Path(torch.__file__).parent)
+        yield from grouped(self._documents(sorted(files), split), CHUNK_CHARACTERS)
+
+
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__.splitlines()[0], usage=SUPPRESS)
+    option = parser.add_argument
+    option("--tokens", type=number(1.0, 1e12), default=14.5e6, help="To train on. [14.5e6]")
+    option("--out", type=Path, default=ROOT / "tiny", help="The folder of the model. [tiny]")
+    option("--layers", type=number(1, 1000), default=12, help="How many layers it has. [12]")
+    option("--width", type=number(96, 9600), default=192, help="Its hidden size, a multiple of 96. [192]")
+    option("--compile", action="store_true", help="Use torch.compile, which needs a C++ compiler.")
+    options = parser.parse_args(argv)
+    steps = int(options.tokens // (LENGTH * BATCH))
+    if steps < 1 or options.width % 96:
+        raise UserError(f"give --tokens of {LENGTH * BATCH} or more, and a --width that is a multiple of 96")
     torch.manual_seed(0)
 
     # ---- Text
-    source = PythonSource()
-    path = args.out / "tokenizer.json"
+    text = AllPython()
+    path = options.out / "tokenizer.json"
     if not path.exists():
-        tokenizer = make_tokenizer(source)
+        tokenizer = make_tokenizer(text)
         replace_file(path, lambda part: tokenizer.save(str(part)))
-    tokenizer = load_tokenizer(args.out)
-    batches = Batches(source, "train", tokenizer, LENGTH)
-    held_out = Batches(source, "val", tokenizer, LENGTH)
+    tokenizer = load_tokenizer(options.out)
+    training = Batches(Tokens(text, "train", tokenizer), LENGTH)
+    held_out = Batches(Tokens(text, "held-out", tokenizer), LENGTH)
 
     # ---- Model
-    config = hub_config(args.width, args.layers, tokenizer.token_to_id(END_OF_TEXT))
-    text = json.dumps(config, indent=2) + "\n"
-    replace_file(args.out / "config.json", lambda part: part.write_text(text))
-    model = Qwen(Config.from_pretrained(args.out))
+    end_token = tokenizer.token_to_id(END_OF_TEXT)
+    write_json(options.out / "config.json", hub_config(options.width, options.layers, end_token))
+    model = Qwen(Config.from_pretrained(options.out))
     initialise(model)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{count / 1e6:.2f}M parameters", flush=True)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
+    loss_of = torch.compile(model.loss) if options.compile else model.loss
+    muon, adam = make_optimizers(model)
 
-    train(model, batches, held_out, steps, args)
+    # ---- Training
+    losses = []
+    started = time.time()
+    for step in range(steps):
+        muon.param_groups[0]["lr"] = 0.02 * rate_scale(step, steps)
+        adam.param_groups[0]["lr"] = 3e-3 * rate_scale(step, steps)
+
+        ids, targets = training.batch(step * BATCH, BATCH)  # [BATCH, LENGTH] each
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(ids, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in (muon, adam):
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+
+        is_last = step + 1 == steps
+        if (step + 1) % 50 == 0 or is_last:
+            recent = losses[-50:]
+            speed = (step + 1) * LENGTH * BATCH / (time.time() - started)
+            mean = sum(recent) / len(recent)
+            print(f"step {step + 1}/{steps}  loss {mean:.4f}  {speed:.0f} tokens/s", flush=True)
+        if (step + 1) % 500 == 0 or is_last:
+            print(f"held-out {estimate(evaluate(model, held_out, 128))}", flush=True)
+            save_weights(model, options.out)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    option = parser.add_argument
-    option("--tokens", type=float, default=14.5e6, help="The tokens to train on. Default: 14.5e6.")
-    option("--out", type=Path, default=ROOT / "tiny", help="The folder of the model. Default: tiny.")
-    option("--layers", type=int, default=12, help="The number of layers. Default: 12.")
-    option("--width", type=int, default=192, help="The hidden size, a multiple of 96. Default: 192.")
-    option("--muon-lr", type=float, default=0.02, help="Muon's learning rate. Default: 0.02.")
-    option("--adam-lr", type=float, default=3e-3, help="AdamW's learning rate. Default: 3e-3.")
-    option("--compile", action="store_true", help="Use torch.compile, which needs a C++ compiler.")
-    return parser.parse_args()
-
-
-def make_tokenizer(source: PythonSource) -> Tokenizer:
+def make_tokenizer(text) -> Tokenizer:
     """A byte-level BPE tokenizer of VOCABULARY tokens, from the training split."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,12 +113,7 @@ def make_tokenizer(source: PythonSource) -> Tokenizer:
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-
-    def documents():
-        for documents, _ in source.chunks("train"):
-            yield from documents
-
-    tokenizer.train_from_iterator(documents(), trainer)
+    tokenizer.train_from_iterator(text.chunks("train"), trainer)  # lists of documents
     return tokenizer
 
 
@@ -136,47 +157,7 @@ def initialise(model: Qwen):
             torch.nn.init.zeros_(p)
 
 
-# ---- Training --------------------------------------------------------------------------------------------
-
-
-def train(model: Qwen, batches: Batches, held_out: Batches, steps: int, args):
-    """Train all weights, and write them to args.out every 500 steps and at the end."""
-    muon, adam = make_optimizers(model, args)
-    loss_of = torch.compile(model.loss) if args.compile else model.loss
-    losses = []
-    started = time.time()
-
-    for step in range(steps):
-        # ---- Learning rates
-        scale = rate_scale(step, steps)
-        muon.param_groups[0]["lr"] = args.muon_lr * scale
-        adam.param_groups[0]["lr"] = args.adam_lr * scale
-
-        # ---- Forward and backward
-        ids, targets = batches.batch(step * BATCH, BATCH)  # [BATCH, LENGTH] each
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(ids, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in (muon, adam):
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
-
-        # ---- Print, evaluate, save
-        is_last = step + 1 == steps
-        if (step + 1) % 50 == 0 or is_last:
-            recent = losses[-50:]
-            mean = sum(recent) / len(recent)
-            speed = (step + 1) * LENGTH * BATCH / (time.time() - started)
-            print(f"step {step + 1}/{steps}  loss {mean:.4f}  {speed:.0f} tokens/s", flush=True)
-        if (step + 1) % 500 == 0 or is_last:
-            losses = evaluate(model.loss, held_out, HELD_OUT_SEQUENCES, "cpu")
-            print(f"held-out {mean_loss(losses)}", flush=True)
-            save_weights(model, args.out)
-
-
-def make_optimizers(model: Qwen, args):
+def make_optimizers(model: Qwen):
     """Muon for the matrices of the layers, AdamW for the embedding, the norms and the biases."""
     matrices = []
     others = []
@@ -185,31 +166,22 @@ def make_optimizers(model: Qwen, args):
             matrices.append(p)
         else:
             others.append(p)
-    muon = torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.1, adjust_lr_fn="original")
-    adam = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    muon = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="original")
+    adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
     return muon, adam
 
 
 def rate_scale(step: int, steps: int) -> float:
-    """The learning rate as a share of its largest value.
-
-    It rises over the first 100 steps and falls to zero over the last 40%.
-    """
-    rise = (step + 1) / 100
-    fall = (steps - step) / (0.4 * steps)
-    return min(1, rise, fall)
+    """The learning rate as a share of its largest: it rises for 100 steps and falls over the last 40%."""
+    return min(1, (step + 1) / 100, (steps - step) / (0.4 * steps))
 
 
 def save_weights(model: Qwen, folder: Path):
     """Write model.safetensors in bfloat16, under the names of the Hub."""
-    weights = {}
-    for name, p in model.named_parameters():
-        weights[f"model.{name}"] = p.detach().to(torch.bfloat16)
-    replace_file(
-        folder / "model.safetensors",
-        lambda part: save_file(weights, part, metadata={"format": "pt"}),
-    )
+    weights = {f"model.{name}": p.detach().bfloat16() for name, p in model.named_parameters()}
+    path = folder / "model.safetensors"
+    replace_file(path, lambda part: save_file(weights, part, metadata={"format": "pt"}))
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_program(main)

@@ -1,7 +1,6 @@
 """List runs in a table: python experiments/runs.py [FOLDER ...]
 
-A FOLDER is a run or holds runs; by default it is runs/. No tensor is read and torch is not imported, so that
-fifty runs are listed in about a second.
+A FOLDER is a run or holds runs. With --draw, the losses of each run are drawn into its loss.png.
 """
 
 import math
@@ -9,156 +8,108 @@ import sys
 from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 
-from safetensors import safe_open
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support.files import UserError, read_json, reading, run_program
+from support.report import draw_losses, estimate, gap_recovered
+from support.run import RESULTS, RUNS, read_log
 
-from estimates import gap_recovered, mean_loss
-from files import UserError, exit_on_user_error, explaining
-from presets import GPU, default_options, fitting_warmup
-from run_folder import (
-    FILE_NAME,
-    RUNS,
-    STEP_FOLDER,
-    differing_options,
-    holds_checkpoint,
-    read_log,
-    read_options,
-    read_results,
-)
-
-HEAD = ["run", "model on text", "parameters", "steps", "held-out", "of the gap", "options that differ"]
-NUMBERS = HEAD[2:6]  # the columns that are aligned on the right
-ANY_GPU = GPU(memory=24_000_000_000, multiplies_bfloat16=True)  # its size decides only the model
-BASES = "lora."  # how the names of the frozen SVD bases begin in a checkpoint
+HEAD = ["run", "model on text", "steps", "held-out", "of the gap", "options that differ"]
+HAVE_COLUMNS = ("model", "data", "steps")  # options that have a column of their own
+OF_NO_INTEREST = ("out", "resume", "text_hash")
 
 
-def main():
+def main(argv=None):
     parser = ArgumentParser(description="List runs in a table.", usage=SUPPRESS)
     parser.add_argument(
-        "folders",
-        nargs="*",
-        type=Path,
-        help="Runs, or folders that hold runs. Default: runs/.",
-        metavar="FOLDER",
+        "folders", nargs="*", type=Path, default=[RUNS], help="Runs, or folders with runs. [runs]"
     )
-    folders = parser.parse_args().folders or [RUNS]
-    rows = []
+    parser.add_argument("--draw", action="store_true", help="Draw the losses of each run into its loss.png.")
+    arguments = parser.parse_args(argv)
+
+    options = {}  # {run: its options}
+    rows = {}  # {run: its cells, without the last one}
     problems = []
-    for folder in runs_in(folders):
+    for run in runs_in(arguments.folders):
         try:
-            rows.append(row_of(folder))
+            run_options = read_json(run / "args.json")
+            log = read_log(run)
+            results = read_results(run) if (run / RESULTS).exists() else None
+            with reading(run, "a whole run"):
+                cells = cells_of(run, run_options, log, results)
+                if arguments.draw:
+                    draw_losses(run / "loss.png", log, results)
+            rows[run] = cells
+            options[run] = run_options
         except UserError as error:
             problems.append(error)
-    if rows:
-        print_table(rows)
-    else:
-        print(f"no runs in {', '.join(map(str, folders))}")
+
+    table = [HEAD]
+    for run, cells in rows.items():
+        table.append([*cells, differences(options, run)])
+    print_columns(table)
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
 
 
 def runs_in(folders: list[Path]) -> list[Path]:
-    """Those of the folders that are runs, and all folders that lie in the others.
-
-    Raises UserError for a folder that is not there.
-    """
+    """Those of the folders that are runs, and the runs that lie in the others. Raises UserError for none."""
     runs = []
     for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; name a run, or a folder that holds runs")
-        if holds_checkpoint(folder):
+        if (folder / "args.json").exists():
             runs.append(folder)
         else:
-            runs += sorted(path for path in folder.iterdir() if path.is_dir())
+            runs += sorted(path.parent for path in folder.glob("*/args.json"))
+    if not runs:
+        raise UserError(f"{', '.join(map(str, folders))}: no run of train.py; name a folder that holds runs")
     return runs
 
 
-# ---- A row -----------------------------------------------------------------------------------------------
+def read_results(run: Path) -> dict:
+    """{model: {column: the loss of each sequence}} of a run that has ended. Raises UserError if damaged."""
+    path = run / RESULTS
+    results = read_json(path)
+    with reading(path, "the results of a run"):
+        for model in ("full", "cut", "ouroboros"):
+            results[model]["held-out"]  # KeyError where it is missing
+            for column, losses in results[model].items():
+                if len(losses) != len(results["full"][column]) or not all(map(math.isfinite, losses)):
+                    raise ValueError(f"{model}, {column}: numbers are missing")
+    return results
 
 
-def row_of(run: Path) -> list[str]:
-    """The cells of a run. Raises UserError for a folder that is no run or is damaged."""
-    if not holds_checkpoint(run):
-        raise UserError(f"{run}: is no run of train.py; if runs lie in it, name it")
-    options = read_options(run)
-    log = read_log(run)
+def cells_of(run: Path, options: dict, log: list[dict], results: dict | None) -> list[str]:
+    """The cells of a run, without the options that differ."""
     steps_done = log[-1]["step"] if log else 0
-
-    results = read_results(run, steps_done)
-    if results is None:
-        held_out = newest_held_out_loss(log)
-        share = ""
+    held_out = share = ""
+    if results is not None:
+        held_out = str(estimate(results["ouroboros"]["held-out"]))
+        gap = gap_recovered(*(results[model]["held-out"] for model in ("full", "cut", "ouroboros")))
+        share = "no gap" if gap is None else gap.percent()
     else:
-        held_out = str(mean_loss(results["ouroboros"]["held-out"]))
-        estimate = gap_recovered(results, "held-out")
-        share = "no gap" if estimate is None else estimate.percent()
-
-    return [
-        str(run),
-        f"{Path(options['model']).name} on {Path(options['data']).name}",
-        f"{trained_parameters(run):,}",
-        f"{steps_done} of {options['steps']}",
-        held_out,
-        share,
-        differences(options),
-    ]
+        for row in log:
+            if "held_out" in row:  # the newest one stays
+                held_out = f"{row['held_out']:.3f} at {row['step']}"
+    text = f"{Path(options['model']).name} on {Path(options['data']).name}"
+    return [str(run), text, f"{steps_done} of {options['steps']}", held_out, share]
 
 
-def newest_held_out_loss(log: list[dict]) -> str:
-    """The newest held-out loss of a run that has not ended, and after how many steps it was measured."""
-    for row in reversed(log):
-        if "held_out" in row:
-            return f"{readable(row['held_out'])} at {row['step']}"
-        if "held_out_at_start" in row:
-            return f"{readable(row['held_out_at_start'])} at 0"
-    return ""
+def differences(options: dict[Path, dict], run: Path) -> str:
+    """The options of a run that are not the same in all listed runs."""
+    texts = []
+    for name, value in options[run].items():
+        is_same = all(name in others and others[name] == value for others in options.values())
+        if not is_same and name not in (*HAVE_COLUMNS, *OF_NO_INTEREST):
+            texts.append(f"{name} {value}")
+    return ", ".join(texts)
 
 
-def readable(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.3f}"
-
-
-def trained_parameters(run: Path) -> int:
-    """The number of trained parameters, by the shapes in the header of the newest checkpoint."""
-    path = max(run.glob(f"{STEP_FOLDER}/{FILE_NAME}"), default=run / FILE_NAME)
-    count = 0
-    with explaining(path, "read as a checkpoint", "bring back a copy"), safe_open(path, "numpy") as file:
-        for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-            is_moment = "/" in name  # of AdamW: exp_avg/NAME
-            if not is_moment and not name.startswith(BASES):
-                count += math.prod(file.get_slice(name).get_shape())
-    return count
-
-
-def differences(options: dict) -> str:
-    """The options that make this run another one than `python train.py`, as on the command line.
-
-    The defaults depend on whether the run's machine had CUDA, which a run does not say. The defaults from
-    which the run differs least are taken.
-    """
-    candidates = []
-    for gpu in (None, ANY_GPU):
-        defaults = default_options(options, gpu)
-        defaults["warmup"] = fitting_warmup(defaults["warmup"], options["steps"])
-        candidates.append(differing_options(options, defaults))
-    fewest = min(candidates, key=len)
-    return " ".join(f"--{option} {value}".strip() for option, value in fewest)
-
-
-# ---- The table -------------------------------------------------------------------------------------------
-
-
-def print_table(rows: list[list[str]]):
-    """Print the rows below the head, the columns as wide as their widest cell."""
-    rows = [HEAD, *rows]
-    widths = [max(map(len, cells)) for cells in zip(*rows)]
-    for row in rows:
-        cells = []
-        for name, cell, width in zip(HEAD, row, widths):
-            cells.append(cell.rjust(width) if name in NUMBERS else cell.ljust(width))
-        print("  ".join(cells).rstrip())
+def print_columns(table: list[list[str]]):
+    """Print rows of cells, each column as wide as its widest cell."""
+    widths = [max(map(len, cells)) for cells in zip(*table)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_program(main)

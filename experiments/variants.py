@@ -1,37 +1,18 @@
-"""Variants of the paper's system that train.py does not offer.
+"""Variants of the paper's system, one class for each question of the study.
 
-Each class keeps what it adds to the settings of its base class in self.settings, so that save() and load() of
-Ouroboros work for it as well.
+Each overrides a method of Ouroboros. save() and load() work for them as they are; evaluate.py and the other
+programs open only the classes of ouroboros.py and patch.py.
 """
 
 import hashlib
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from device import promote
-from ouroboros import LoopCache, Ouroboros, check_choice, prefix_mean, svd_bases
-from qwen import rotary_at
-
-# ---- Variants that start from a measurement --------------------------------------------------------------
-
-
-class Measured(Ouroboros):
-    """A variant of which a part is measured once on training text, before the training starts."""
-
-    def measure(self, ids):
-        """Set the part from training text, ids [B, T]."""
-        raise NotImplementedError
-
-
-@torch.no_grad()
-def states_before_loop(model: Ouroboros, ids):
-    """The states that a looped model's prelude hands to its loop: ids [B, T] -> [B, T, d]"""
-    no_cache = LoopCache([None] * len(model.prelude), [], [])
-    rotary = rotary_at(model.config, 0, ids.shape[1], ids.device)
-    return model.run_prelude(model.embed_tokens(ids), rotary, no_cache)
-
+from ouroboros import LoopCache, Ouroboros, StaticModulation, prefix_mean, svd_bases
+from patch import Adapter
+from qwen import PROJECTIONS, rotary_at
+from support.fast import promote
 
 # ---- Other inputs of the Controller ----------------------------------------------------------------------
 
@@ -39,70 +20,78 @@ def states_before_loop(model: Ouroboros, ids):
 class ZeroInput(Ouroboros):
     """The Controller sees zeros in the place of the pooled state, so that it knows the step alone."""
 
-    def __init__(self, qwen, **settings):
-        super().__init__(qwen, **settings)
-        self.pool = zero_pool
+    def diagonals(self, h, t: int, step_cache=None):
+        return self.controller(torch.zeros_like(h[:, :1]), t)
 
 
-def zero_pool(h, cache=None):
-    """Zeros in the place of a pooled state. [B, T, d] -> [B, 1, d]"""
-    return torch.zeros_like(h[:, :1])
-
-
-class MeanInput(Measured):
+class MeanInput(Ouroboros):
     """The Controller sees one vector in the place of the pooled state, at every position and step.
 
-    The vector is the mean of the pooled states before the loop, over training text.
+    The vector is the mean of the pooled states before the loop. measure() finds it once, on training text.
     """
 
     def __init__(self, qwen, **settings):
         super().__init__(qwen, **settings)
-        self.register_buffer("mean_input", torch.zeros_like(self.norm.weight))  # [d]
-        self.pool = self.mean_pool
+        d = qwen.config.hidden_size
+        self.register_buffer("mean_input", torch.zeros(d, device=self.norm.weight.device))
 
+    @torch.no_grad()
     def measure(self, ids):
-        pooled = prefix_mean(states_before_loop(self, ids))
-        self.mean_input.copy_(promote(pooled).mean((0, 1)))
+        """Set the vector from training text, ids [B, T]."""
+        rotary = rotary_at(self.config, 0, ids.shape[1], ids.device)
+        no_cache = LoopCache([None] * len(self.prelude), [], [])
+        h = self.run_prelude(self.embed_tokens(ids), rotary, no_cache)
+        self.mean_input.copy_(promote(prefix_mean(h)).mean((0, 1)))
 
-    def mean_pool(self, h, cache=None):
-        """The one vector, whatever h. [B, T, d] -> [B, 1, d]"""
-        return self.mean_input.expand(len(h), 1, -1)
+    def diagonals(self, h, t: int, step_cache=None):
+        return self.controller(self.mean_input.to(h.dtype).expand(len(h), 1, -1), t)
 
 
 class TokenInput(Ouroboros):
     """The Controller sees the state of the token itself, without any mean."""
 
+    def diagonals(self, h, t: int, step_cache=None):
+        return self.controller(h, t)
+
+
+# ---- A faster static table -------------------------------------------------------------------------------
+
+
+class FastTable(StaticModulation):
+    """A static table that learns `times` as fast as its learning rate says: m = times * table.
+
+    AdamW moves an entry of the table by about the learning rate in each step, however large its gradient is.
+    The gradient is that of m itself, so that clipping treats it as it would with a larger learning rate.
+    """
+
+    def __init__(self, rank: int, times: float):
+        super().__init__(rank)
+        self.times = times
+
+    def forward(self, t: int):
+        entries = self.table[t]
+        m = entries + (self.times - 1) * entries.detach()
+        return dict(zip(PROJECTIONS, m))
+
+
+class Static30(Ouroboros):
+    """Static modulation, whose table has a larger learning rate than the gate and the step norm.
+
+    An entry of the table can move by at most the sum of the learning rates of a run. The diagonals of the
+    Controller are products of many weights and grow further, so that equal rates are not a fair comparison.
+    """
+
+    TIMES = 30
+
     def __init__(self, qwen, **settings):
         super().__init__(qwen, **settings)
-        self.pool = token_pool
+        self.controller = FastTable(self.settings["rank"], self.TIMES).to(self.norm.weight.device)
 
 
-def token_pool(h, cache=None):
-    """The state of each position, as it is. [B, T, d] -> [B, T, d]"""
-    return h
+class Static100(Static30):
+    """The same at 100 times the rate."""
 
-
-class WindowInput(Ouroboros):
-    """The Controller sees the mean over the last 16 positions."""
-
-    def __init__(self, qwen, **settings):
-        super().__init__(qwen, **settings)
-        self.pool = window_mean
-
-    def new_cache(self, depth=None):
-        """None: a new token's mean needs states that the cache of the loop does not keep."""
-        return None
-
-
-WINDOW = 16  # positions
-
-
-def window_mean(h, cache=None):
-    """At every position, the mean of h over it and up to 15 positions before it. [B, T, d] -> [B, T, d]"""
-    before = F.pad(promote(h), (0, 0, WINDOW - 1, 0))  # zeros before the first position
-    sums = before.unfold(1, WINDOW, 1).sum(-1)
-    count = torch.arange(1, h.shape[1] + 1, device=h.device).clamp(max=WINDOW)
-    return (sums / count[:, None]).to(h.dtype)
+    TIMES = 100
 
 
 # ---- Other bases -----------------------------------------------------------------------------------------
@@ -117,19 +106,21 @@ class RandomBases(Ouroboros):
         for k, (A, B) in super().residual_bases(removed, rank).items():
             singular_values = promote(B).norm(dim=0)
             random_A = random_orthogonal(A.shape[1], rank, generator).T  # [r, in]
-            random_B = random_orthogonal(B.shape[0], rank, generator) * singular_values  # [out, r]
+            random_B = random_orthogonal(B.shape[0], rank, generator).to(singular_values)
+            random_B = random_B * singular_values  # [out, r]
             bases[k] = (random_A.contiguous().to(A), random_B.contiguous().to(B))
         return bases
 
 
 def random_orthogonal(n: int, rank: int, generator: torch.Generator):
-    """`rank` random orthonormal columns, [n, rank]."""
-    return torch.linalg.qr(torch.randn(n, rank, generator=generator)).Q
+    """`rank` random orthonormal columns, [n, rank], on the CPU."""
+    return torch.linalg.qr(torch.randn(n, rank, generator=generator, device="cpu")).Q
 
 
 class OwnBases(Ouroboros):
-    """The paper's system with bases from the SVD of the recurrent layer itself: nothing of the removed layers
-    is in them.
+    """The paper's system with bases from the SVD of the recurrent layer itself.
+
+    Nothing of the removed layers is in them.
     """
 
     @torch.no_grad()
@@ -141,73 +132,69 @@ class OwnBases(Ouroboros):
         return bases
 
 
-# ---- Other starts ----------------------------------------------------------------------------------------
+# ---- As released -----------------------------------------------------------------------------------------
 
 
-class SizedStepNorm(Measured):
-    """The weights of the step norm start at the size of the state, so that h_new is as large as h.
+class Released(Ouroboros):
+    """Trained as the released script of the Controller does it: weights in bfloat16, a depth of 4, 8 or 16.
 
-    size: "state", one number, the root mean square of the states before the loop; or "channel", that of each
-    channel. The first position of a sequence is left out, because its state is many times larger.
+    Each step of the optimizer rounds the weights. A hash of the batch draws its depth, so that a resumed run
+    draws the same depths. The published target and pool are options of train.py. The learning rate of the
+    released script hardly falls; here it falls as for the other rows.
     """
 
-    def __init__(self, qwen, size="state", **settings):
-        check_choice("size", size, ("state", "channel"))
-        super().__init__(qwen, **settings)
-        self.settings["size"] = size
-
-    @torch.no_grad()
-    def measure(self, ids):
-        squares = promote(states_before_loop(self, ids)[:, 1:]).square()
-        if self.settings["size"] == "state":
-            self.step_norm.weight.fill_(squares.mean().sqrt())
-        else:
-            self.step_norm.weight.copy_(squares.mean((0, 1)).sqrt().expand_as(self.step_norm.weight))
-
-
-class GateStart(Ouroboros):
-    """The gate starts at another bias than -2: at -4 it is open by 0.02, at 0 by 0.5."""
-
-    def __init__(self, qwen, gate_bias=-2.0, **settings):
-        super().__init__(qwen, **settings)
-        self.settings["gate_bias"] = gate_bias
-        nn.init.constant_(self.gate.linear.bias, gate_bias)
-
-
-# ---- Drawn depths, and the system as released ------------------------------------------------------------
-
-
-class DrawnDepth(Ouroboros):
-    """The paper's system, trained at a depth that is drawn for each batch: 1, 2, 4 or 8.
-
-    A hash of the batch's tokens draws the depth, so that it is a function of the seed and the step, and a
-    resumed run draws the same depths.
-    """
-
-    DEPTHS = (1, 2, 4, 8)
-
-    def loss(self, ids, targets, **options):
-        if torch.is_grad_enabled():  # in training; an evaluation says at which depth
-            digest = hashlib.sha1(ids.cpu().numpy().tobytes()).hexdigest()
-            options["depth"] = self.DEPTHS[int(digest, 16) % len(self.DEPTHS)]
-        return super().loss(ids, targets, **options)
-
-
-class Rounded(Ouroboros):
-    """The paper's system with trained weights in bfloat16, as in the released code: each step of the
-    optimizer rounds them.
-    """
+    DEPTHS = (4, 8, 16)
 
     def __init__(self, qwen, **settings):
         super().__init__(qwen, **settings)
         for p in self.trained_parameters().values():
             p.data = p.data.bfloat16()
 
+    def loss(self, ids, targets, **depth):
+        if torch.is_grad_enabled():  # in training; an evaluation has the model's own depth
+            batch_hash = hashlib.sha1(ids.cpu().numpy().tobytes()).hexdigest()
+            depth["depth"] = self.DEPTHS[int(batch_hash, 16) % len(self.DEPTHS)]
+        return super().loss(ids, targets, **depth)
 
-class Released(Rounded, DrawnDepth):
-    """Trained as the released script of the Controller does it: weights in bfloat16, a depth of 4, 8 or 16.
 
-    The published target and pool are options of train.py, the constant rate is one of optimizers.py.
+# ---- The full model, adapted -----------------------------------------------------------------------------
+
+
+class AdaptedFull(Ouroboros):
+    """The full model with the adapters of --patch on every layer. Nothing is removed and nothing is looped.
+
+    What it gains over the full model is what any model with such adapters gains by getting used to the text.
+    Its prelude, recurrent layer and coda are those of the paper's cut, for the cut baseline.
     """
 
-    DEPTHS = (4, 8, 16)
+    def __init__(self, qwen, **settings):
+        super().__init__(qwen, **settings)
+        first = len(self.prelude)
+        middle = self.settings["recurrent"]
+        end = len(qwen.layers) - len(self.coda)
+        self.removed = nn.ModuleList([*qwen.layers[first:middle], *qwen.layers[middle + 1 : end]])
+        self.removed.requires_grad_(False)
+        self.removed_before = middle - first  # how many of them lie before the recurrent layer
+        self.adapters = nn.ModuleList(Adapter(layer) for layer in qwen.layers)
+        self.to(self.norm.weight.device)
+
+    def hidden(self, ids, cache=None, depth=None):
+        """ids [B, T] -> normalised last hidden states [B, T, d]. There is no loop, whatever the depth."""
+        before = self.removed[: self.removed_before]
+        behind = self.removed[self.removed_before :]
+        layers = [*self.prelude, *before, self.recurrent, *behind, *self.coda]
+        rotary = rotary_at(self.config, 0, ids.shape[1], ids.device)
+        h = self.embed_tokens(ids)
+        for layer, adapter in zip(layers, self.adapters):
+            h = layer(h, rotary, None, adapter)
+        return self.norm(h)
+
+    def new_cache(self, depth=None):
+        """None: generation reads everything again for each token."""
+        return None
+
+    @classmethod
+    def load(cls, folder, base=None, dtype=torch.float32, device="cpu", checkpoint=None) -> "AdaptedFull":
+        model = super().load(folder, base, dtype, device, checkpoint)
+        model.removed.to(model.norm.weight)  # their device and their type
+        return model

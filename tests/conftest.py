@@ -1,26 +1,15 @@
 """Fixtures that several files share."""
 
+import os
+
 import pytest
 import torch
-from helpers import make_pretrained, release_claims
+from helpers import make_pretrained
 
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    """Run the whole suite in two processes, if pytest-xdist is installed. `-n 0` runs it in one."""
-    is_worker = hasattr(config, "workerinput")
-    is_whole_suite = config.args_source == config.ArgsSource.TESTPATHS
-    if is_whole_suite and not is_worker and getattr(config.option, "numprocesses", 0) is None:
-        config.option.numprocesses = 2
-        config.option.dist = "worksteal"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory):
-    """The cache of the tests and of the programs that they start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+# The models here are so small that a second thread gains nothing. Where other programs keep the cores busy,
+# threads that wait for each other would make the tests twenty times slower.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that the tests start
 
 
 @pytest.fixture(autouse=True)
@@ -29,21 +18,7 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def claims_of_one_test():
-    """A folder that a test claims in this process is free for the next test."""
-    yield
-    release_claims()
-
-
-@pytest.fixture
-def empty_cache(tmp_path, monkeypatch):
-    """A cache for one test alone. Returns its folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "ouroboros"
-
-
-@pytest.fixture
-def pretrained(tmp_path):
-    """The folder of a small random model, with a text beside it in text.txt."""
-    return make_pretrained(tmp_path)
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """The folder of a small random model, with a text beside it in text.txt. Tests only read it."""
+    return make_pretrained(tmp_path_factory.mktemp("pretrained"))

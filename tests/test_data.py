@@ -1,304 +1,230 @@
-"""data.py: text becomes tokens and batches, the same at every start, and no text is in both splits."""
+"""data.py: which text is read and which is held out, and that its order depends on nothing but the seed."""
 
+import gzip
+import hashlib
 import json
-import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from helpers import TOKENIZER, flip_a_bit, small_tokenizer, works, write_text
+from helpers import TOKENIZER, small_tokenizer, write_shard, write_text
 from tokenizers import Tokenizer, models
-from tqdm import tqdm
 
 import data
-import sources
-from data import Batches
-from files import UserError
-from sources import TextSource, open_source
+from data import Batches, Tokens, open_text
+from support.files import UserError
 
 
-@pytest.fixture
-def source(tmp_path):
-    """A text of 60 documents in which every word names its document."""
-    return TextSource(write_text(tmp_path / "text.txt"))
+def documents_of(path, split="all") -> list[str]:
+    """The documents of a text that are not blank."""
+    chunks = open_text(str(path)).chunks(split)
+    return [document for chunk in chunks for document in chunk if document.strip()]
 
 
-def whole_epoch(batches: Batches):
-    """The inputs of all sequences, in the order of the first epoch."""
-    total = 0
-    i = 0
-    while batches.sequences_in(i) > 0:
-        total += batches.sequences_in(i)
-        i += 1
-    ids, _ = batches.batch(0, total)
-    return ids
-
-
-def documents_in(batches: Batches) -> set[str]:
-    """The numbers of the documents that the text of one epoch names, in words that no row cuts."""
-    documents = set()
-    for row in TOKENIZER.decode_batch(whole_epoch(batches).tolist()):
-        documents.update(re.findall(r" doc(\d+) ", row))
-    return documents
-
-
-# ---- Inputs and targets ----------------------------------------------------------------------------------
-
-
-def test_the_target_is_the_next_token_shifted_once(source):
-    batches = Batches(source, "train", TOKENIZER, length=16)
-    stream = batches.chunk(0).tolist()
-    ids, targets = batches.batch(0, 30)
-    assert ids.shape == targets.shape == (30, 16)
-    assert ids.dtype == targets.dtype == torch.int64
-    for row, aims in zip(ids.tolist(), targets.tolist()):
-        starts = [i for i in range(0, len(stream), 16) if stream[i : i + 16] == row]
-        assert any(stream[i + 1 : i + 17] == aims for i in starts)
-
-
-def test_with_an_offset_of_two_the_target_is_the_token_after_the_next(source):
-    ids, targets = Batches(source, "train", TOKENIZER, length=16, offset=2).batch(0, 5)
-    assert torch.equal(ids[:, 2:], targets[:, :-2])
-    assert not torch.equal(ids[:, 1:], targets[:, :-1])
-
-
-def test_documents_are_joined_by_the_end_of_text_token(source):
-    tokens = Batches(source, "train", TOKENIZER, 16).chunk(0).tolist()
-    text = TOKENIZER.decode(tokens, skip_special_tokens=False)
-    documents = text.split("<|endoftext|>")
-    assert documents.pop() == ""  # the last one ends with the token, too
-    assert 50 < len(documents) < 60
-    for n, document in zip((0, 1, 2), documents):
-        assert set(document.split()) == {f"doc{n}"}
-
-
-def test_no_document_is_in_both_splits_and_all_are_in_one(source):
-    training = documents_in(Batches(source, "train", TOKENIZER, 16))
-    held_out = documents_in(Batches(source, "val", TOKENIZER, 16))
-    assert not training.intersection(held_out)
-    assert training.union(held_out) == {str(n) for n in range(60)}
-    assert held_out
-
-
-# ---- Text that looks like a special token ----------------------------------------------------------------
-
-
-@pytest.fixture
-def marked():
-    """A tokenizer with marks of both kinds: special ones, and one that is not called special."""
-    tokenizer = small_tokenizer()
-    tokenizer.add_special_tokens(["<|im_start|>"])
-    tokenizer.add_tokens(["<|fim_prefix|>", "    "])
-    return tokenizer
-
-
-def test_a_special_token_written_in_a_text_is_text(tmp_path, marked):
-    text = "The token <|endoftext|> ends, <|im_start|>system opens, <|fim_prefix|> too."
-    with open(tmp_path / "a.jsonl", "w") as file:
-        for n in range(200):
-            file.write(json.dumps({"text": f"{text} {n}"}) + "\n")
-    source = TextSource(tmp_path / "a.jsonl")
-    training = Batches(source, "train", marked, 16)
-    tokens = training.chunk(0)
-    count = training.count()
-    assert np.count_nonzero(tokens == training.end_token) == count.documents < 200
-    for mark in ("<|im_start|>", "<|fim_prefix|>"):
-        assert marked.token_to_id(mark) not in tokens
-    assert marked.decode(tokens.tolist()).count(text) == count.documents
-    assert "<|im_start|>" in marked.encode("<|im_start|>").tokens  # the tokenizer itself stays as it was
-
-
-def test_an_added_token_that_is_no_mark_stays_a_token(tmp_path, marked):
-    (tmp_path / "a.txt").write_text("x    y\n" * 2000)
-    tokens = Batches(TextSource(tmp_path / "a.txt"), "train", marked, 16).chunk(0)
-    assert marked.token_to_id("    ") in tokens
-
-
-# ---- How much text there is ------------------------------------------------------------------------------
-
-
-def test_the_count_is_that_of_the_whole_text_where_it_is_one_chunk(source):
-    training = Batches(source, "train", TOKENIZER, 16)
-    held_out = Batches(source, "val", TOKENIZER, 16)
-    for batches in (training, held_out, Batches(source, "train", TOKENIZER, 16)):  # the last: from the cache
-        count = batches.count()
-        assert count.is_all
-        assert count.tokens == len(batches.chunk(0))
-        assert count.sequences == (count.tokens - 1) // 16
-    assert training.count().documents + held_out.count().documents == 60
-
-
-def test_the_count_of_a_longer_text_is_that_of_its_first_chunk(source, small_chunks):
-    batches = Batches(source, "train", TOKENIZER, 16)
-    count = batches.count()
-    assert not count.is_all
-    assert count.tokens == len(batches.chunk(0))
-    assert count.sequences < batches.at_most(10**6)
-
-
-def test_no_sequence_is_counted_twice(source, small_chunks):
-    batches = Batches(source, "train", TOKENIZER, 16)
-    total = len(whole_epoch(batches))
-    assert batches.at_most(10**6) == total
-    assert batches.at_most(3) == 3
-
-
-def test_tokenizing_shows_how_far_it_is(source, empty_cache, monkeypatch, capsys):
-    bars = []
-
-    def bar(*arguments, **options):
-        bars.append(tqdm(*arguments, **{**options, "delay": 0, "mininterval": 0}))
-        return bars[-1]
-
-    monkeypatch.setattr(data, "tqdm", bar)
-    Batches(source, "train", TOKENIZER, 16)
-    assert bars[-1].n == bars[-1].total == sum(len(text) for text in next(source.chunks("train"))[0])
-    printed = capsys.readouterr()
-    assert "tokenizing training text" in printed.err
-    assert printed.out == ""
-
-
-# ---- The same at every start -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", 2_000)
-
-
-def test_batches_are_a_function_of_seed_and_position_alone(source, small_chunks):
-    one = Batches(source, "train", TOKENIZER, 16, seed=0)
-    walk = [one.batch(4 * step, 4)[0] for step in range(200)]  # over more than one epoch
-    assert len(one.chunks) > 2
-    assert one.complete
-    assert one.place_of(4 * 200)[0] >= 1
-    for step in (37, 0, 195):
-        again = Batches(source, "train", TOKENIZER, 16, seed=0)  # a new start, straight at that step
-        assert torch.equal(again.batch(4 * step, 4)[0], walk[step])
-    other = Batches(source, "train", TOKENIZER, 16, seed=1)
-    assert not torch.equal(other.batch(0, 4)[0], walk[0])
-
-
-def test_a_batch_does_not_depend_on_how_the_batches_are_cut(source, small_chunks):
-    batches = Batches(source, "train", TOKENIZER, 16)
-    ids, targets = batches.batch(0, 12)
-    for first in (0, 3, 11):
-        row, aims = batches.batch(first, 1)
-        assert torch.equal(row[0], ids[first])
-        assert torch.equal(aims[0], targets[first])
-
-
-def test_each_epoch_is_the_same_text_in_another_order(source, small_chunks):
-    batches = Batches(source, "train", TOKENIZER, 16)
-    first = whole_epoch(batches)
-    second, _ = batches.batch(len(first), len(first))
-    assert not torch.equal(first, second)
-    assert sorted(first.tolist()) == sorted(second.tolist())
-
-
-# ---- The cache -------------------------------------------------------------------------------------------
-
-
-def test_the_second_start_reads_the_cache_and_another_text_is_another_cache(
-    source, tmp_path, empty_cache, monkeypatch
-):
-    first, _ = Batches(source, "train", TOKENIZER, 16).batch(0, 8)
-    assert list(empty_cache.rglob("*.npy"))
-    assert not list(empty_cache.rglob("*.part*"))
-
-    monkeypatch.setattr(Batches, "_encode", lambda *_: pytest.fail("tokenized again"))
-    again, _ = Batches(source, "train", TOKENIZER, 16).batch(0, 8)
-    assert torch.equal(again, first)
-    with pytest.raises(pytest.fail.Exception):  # another tokenizer is another cache
-        Batches(source, "train", small_tokenizer(350), 16)
-    write_text(tmp_path / "text.txt", documents=61)
-    with pytest.raises(pytest.fail.Exception):
-        Batches(TextSource(tmp_path / "text.txt"), "train", TOKENIZER, 16)
-
-
-def test_tokens_that_were_half_written_to_the_cache_are_read_no_further(source, small_chunks, empty_cache):
-    whole = whole_epoch(Batches(source, "train", TOKENIZER, 16))
-    chunks = sorted(empty_cache.rglob("*.npy"))
-    assert len(chunks) > 3
-    for chunk in chunks[2:]:  # as if the first start had ended before it reached them
-        chunk.unlink()
-    assert torch.equal(whole_epoch(Batches(source, "train", TOKENIZER, 16)), whole)
-
-
-def test_a_flipped_bit_in_the_cache_gives_tokens_or_one_line(source):
-    path = Batches(source, "train", TOKENIZER, 16).folder / "00000.npy"
-    whole = path.read_bytes()
-    rng = np.random.default_rng(0)
-
-    def use():
-        batches = Batches(source, "train", TOKENIZER, 16)
-        batches.batch(0, 2)
-        assert batches.chunk(0).max() < 400  # a model with so many tokens can read them
-
-    outcomes = set()
-    for _ in range(50):
-        flip_a_bit(path, rng, first=200)  # in the header or soon after it
-        outcomes.add(works(use))
-        path.write_bytes(whole)
-    assert outcomes == {True, False}
-    assert works(use)
-
-
-def test_a_pickle_in_the_cache_is_not_loaded(source, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "executed",)
-
-    path = Batches(source, "train", TOKENIZER, 16).folder / "00000.npy"
-    np.save(path, np.array([Trap()], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match="00000.npy: cannot be read as tokens"):
-        Batches(source, "train", TOKENIZER, 16)
-    assert not (tmp_path / "executed").exists()
-
-
-# ---- What is refused -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("text.txt", b"short", "text is too short"),
-        ("text.txt", b"\xff\xfe" * 900, "cannot be read as text"),
-        ("text.jsonl", b'{"no": 1}\n' * 50, "cannot be read as text"),
-        ("text.jsonl", b'{"text": 1}\n', "cannot be read as text"),
-        ("text.jsonl", b"no json\n", "cannot be read as text"),
-        ("text.jsonl.gz", b"no gzip", "cannot be read as text"),
-        ("text.csv", b"a,b", "text.csv: not a kind of text that can be read; --data takes .txt"),
-        ("nothing", None, "nothing: no such file or folder; --data takes .txt"),
-    ],
-)
-def test_a_text_that_cannot_be_used_is_one_clear_error(name, content, message, tmp_path):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
+def assert_refused(action, message: str):
     with pytest.raises(UserError, match=message) as caught:
-        Batches(open_source(str(path)), "train", TOKENIZER, 16)
+        action()
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("characters", [300, 3_000, 30_000])
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_the_length_that_is_proposed_for_a_short_text_fits(characters, split, tmp_path):
-    path = tmp_path / "short.txt"
-    path.write_text(" ".join(f"word{n}" for n in range(characters // 7)))
-    source = TextSource(path)
-    with pytest.raises(UserError, match="short.txt: the .* text is too short for one sequence") as caught:
-        Batches(source, split, TOKENIZER, 100_000)
-    (length,) = re.findall(r"--seq-len (\d+) or less fits", str(caught.value))
-    for side in ("train", "val"):
-        for offset in (1, 2):
-            Batches(source, side, TOKENIZER, int(length), offset).batch(0, 2)
+# ---- Documents -------------------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_without_an_end_of_text_token_is_refused(source):
+def write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "A.TXT"])
+def test_a_line_of_end_of_text_and_nothing_else_ends_a_document(name, tmp_path):
+    content = b"one\ntwo\r\n<|endoftext|>\r\nthree <|endoftext|> four\n<|endoftext|>  \n\n<|endoftext|>\nfive"
+    documents = documents_of(write(tmp_path / name, b"\xef\xbb\xbf" + content))  # with a byte order mark
+    assert documents == ["one\ntwo\n", "three <|endoftext|> four\n", "five"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_jsonl_has_a_document_in_each_line(name, tmp_path):
+    texts = ["one", 'two\nlines, \\ and "quotes"', "\U0001f600\u4e2d\u00e9" * 9000, "four"]
+    lines = [json.dumps({"id": n, "text": text}) for n, text in enumerate(texts)]
+    assert documents_of(write(tmp_path / name, "\n\n".join(lines).encode())) == texts
+
+
+def test_a_long_document_is_read_as_several_that_have_all_of_its_text(tmp_path):
+    text = "_".join(str(n) for n in range(80_000))
+    documents = documents_of(write(tmp_path / "a.txt", text.encode()))
+    assert len(documents) == 3
+    assert "".join(documents) == text
+
+
+BAD_LINES = ["no json", '{"content": "x"}', '{"text": 1}', '["text"]', "[" * 100_000, '{"text": "an end']
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_an_error_in_a_jsonl_names_the_file_and_the_line(line, tmp_path):
+    path = write(tmp_path / "a.jsonl", f'{{"text": "good"}}\n\n{line}\n{{"text": "good"}}\n'.encode())
+    assert_refused(lambda: documents_of(path), r"a\.jsonl: is not UTF-8 text.*line 3")
+
+
+BROKEN = {"a.txt": b"caf\xe9", "b.txt.gz": gzip.compress(b"text" * 99)[:-9], "c.jsonl.gz": b"no gzip"}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_text_that_cannot_be_read_is_one_line_that_names_it(name, tmp_path):
+    (tmp_path / name).write_bytes(BROKEN[name])
+    assert_refused(lambda: documents_of(tmp_path), f"{name}: is not UTF-8 text")
+
+
+# ---- Folders, and what is held out -----------------------------------------------------------------------
+
+NAMES = [(["more.txt", "train.jsonl"], ["val.jsonl"]), (["train/0.txt.gz"], ["held-out/0.txt"])]
+NAMES += [(["invalid.txt", "latest.txt"], ["dev2.txt", "my_test.jsonl.gz", "x-validation-00000-of-1.jsonl"])]
+
+
+@pytest.mark.parametrize("training, held_out", NAMES)
+def test_files_that_are_named_for_it_are_held_out_and_all_others_are_trained_on(training, held_out, tmp_path):
+    for name in training + held_out:
+        text = json.dumps({"text": name}) if ".jsonl" in name else name
+        write(tmp_path / name, text.encode())
+    assert documents_of(tmp_path, "train") == training
+    assert documents_of(tmp_path, "held-out") == held_out
+    assert documents_of(tmp_path, "all") == sorted(training + held_out)
+
+
+@pytest.mark.parametrize("names", [["a.txt", "b.txt", "c/d.txt"], ["test1.txt", "test2.txt"], ["one.txt"]])
+def test_else_the_last_twentieth_of_every_file_is_held_out_and_cut_at_a_line(names, tmp_path):
+    lines = {name: [f"{name} {n}\n" for n in range(400)] for name in names}
+    for name in names:
+        write(tmp_path / name, "".join(lines[name]).encode())
+    training = "".join(documents_of(tmp_path, "train")).splitlines(keepends=True)
+    held_out = "".join(documents_of(tmp_path, "held-out")).splitlines(keepends=True)
+    assert training == [line for name in names for line in lines[name][:381]]
+    assert held_out == [line for name in names for line in lines[name][381:]]
+
+
+def test_hidden_and_unfinished_files_and_runs_are_no_text(tmp_path):
+    write_text(tmp_path / "text.txt")
+    for name in (".hidden.txt", ".git/a.txt", "log.jsonl", "text.7.part.txt", "notes.md", "merges.TXT.zip"):
+        write(tmp_path / name, b"not read")
+    assert documents_of(tmp_path) == documents_of(tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize("name", ["text.csv", "folder", "nothing.txt"])
+def test_a_path_without_text_is_one_line_that_says_what_can_be_given(name, tmp_path):
+    write(tmp_path / "text.csv", b"a,b")
+    (tmp_path / "folder").mkdir()
+    assert_refused(lambda: open_text(str(tmp_path / name)), f"{name}: (holds no text|no such file).*; give")
+
+
+def test_python_source_is_held_out_by_a_hash_of_its_path_and_tests_are_left_out():
+    held_out, training = documents_of("python", "held-out"), documents_of("python", "train")
+    for path in Path(json.__file__).parents[1].glob("*.py"):  # the modules of the standard library
+        path_hash = hashlib.sha1(f"stdlib/{path.name}".encode()).hexdigest()
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        assert (text in held_out) == (int(path_hash[-4:], 16) % 20 == 0)
+        assert text not in held_out or text not in training
+    for path in Path(torch.__file__).parent.glob("testing/**/*.py"):
+        assert path.read_text(encoding="utf-8").strip() == "" or path.read_text() not in held_out + training
+
+
+# ---- FineWeb-Edu -----------------------------------------------------------------------------------------
+
+
+def test_the_gpt2_tokens_of_a_shard_become_the_text_that_they_were(tmp_path, monkeypatch):
+    content = json.loads(TOKENIZER.to_str())  # a tokenizer whose end-of-text token has GPT-2's number
+    content["model"]["vocab"]["<|endoftext|>"] = data.GPT2_END_OF_TEXT
+    content["added_tokens"][0]["id"] = data.GPT2_END_OF_TEXT
+    write(tmp_path / "tokenizer.json", json.dumps(content).encode())
+    texts = [f"été {n} 日本\n" * 20 for n in range(9)]
+    for name in ("finewebedu_train_000001.bin", "finewebedu_val_000000.bin"):
+        ids = []
+        for text in [name, *texts]:
+            ids += [data.GPT2_END_OF_TEXT, *TOKENIZER.encode(text).ids]
+        write_shard(tmp_path / name, ids)
+    monkeypatch.setattr(data, "GPT2", tmp_path)
+    monkeypatch.setattr(data, "fetch", lambda repo, names, kind: tmp_path)  # in the place of the Hub
+    assert documents_of("fineweb-edu", "held-out") == ["finewebedu_val_000000.bin", *texts]
+    assert next(open_text("fineweb-edu").chunks("train"))[1] == "finewebedu_train_000001.bin"
+
+
+@pytest.mark.parametrize("kept", [slice(-2), slice(1000), slice(0), slice(4, None)], ids=str)
+def test_a_damaged_token_shard_is_one_line_that_names_it(kept, tmp_path):
+    path = write_shard(tmp_path / "shard.bin", list(range(3000)))
+    assert data.read_shard(path).tolist() == list(range(3000))
+    path.write_bytes(path.read_bytes()[kept])
+    assert_refused(lambda: data.read_shard(path), r"shard\.bin: is not a whole token shard")
+
+
+# ---- Tokens ----------------------------------------------------------------------------------------------
+
+
+def test_an_end_token_follows_each_document_that_is_not_blank_and_a_lone_surrogate_becomes_a_mark(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": "one"}\n{"text": " "}\n{"text": "two \\ud800"}\n')
+    tokens = Tokens(open_text(str(path)), "all", TOKENIZER).chunk(0).tolist()
+    assert TOKENIZER.decode(tokens, skip_special_tokens=False) == "one<|endoftext|>two ?<|endoftext|>"
+
+
+def test_what_looks_like_a_special_token_in_a_text_is_text(tmp_path):
+    tokenizer = small_tokenizer()
+    tokenizer.add_special_tokens(["<|im_start|>"])
+    tokenizer.add_tokens(["<|fim_prefix|>", "    "])  # not called special in tokenizer.json
+    text = "The token <|endoftext|> ends, <|im_start|>system opens, <|fim_prefix|> too,    spaces stay."
+    path = str(write(tmp_path / "a.txt", text.encode()))
+    tokens = Tokens(open_text(path), "all", tokenizer).chunk(0).tolist()
+    assert tokenizer.decode(tokens, skip_special_tokens=False) == text + "<|endoftext|>"
+    names = [tokenizer.id_to_token(token) for token in tokens]
+    assert [name for name in names if " " in name or "<|" in name] == ["    ", "<|endoftext|>"]
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK_CHARACTERS", 2_000)
+    return open_text(str(write_text(tmp_path / "text.txt")))
+
+
+def test_an_unknown_split_and_a_tokenizer_without_an_end_of_text_token_are_refused(text):
+    assert_refused(lambda: Tokens(text, "test", TOKENIZER), "split 'test': give one of train, held-out, all")
     without = Tokenizer(models.WordLevel({"doc1": 0}, unk_token="doc1"))
-    with pytest.raises(
-        UserError, match=r"has no <\|endoftext\|> token, which ends a document; give --model another"
-    ):
-        Batches(source, "train", without, 16)
+    assert_refused(lambda: Tokens(text, "train", without), r"no <\|endoftext\|> token")
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------
+
+
+def batches_of(text, **options) -> Batches:
+    return Batches(Tokens(text, "train", TOKENIZER), length=16, **options)
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_a_target_is_the_token_so_far_further_on(offset, text):
+    batches = batches_of(text, offset=offset)
+    ids, targets = batches.batch(0, 5)
+    for row, aims in zip(ids.tolist(), targets.tolist()):
+        stream = batches.tokens.chunk(0).tolist()
+        starts = [i for i in range(0, len(stream), 16) if stream[i : i + 16] == row]
+        assert any(stream[i + offset : i + offset + 16] == aims for i in starts)
+
+
+def test_a_batch_is_a_function_of_the_seed_and_its_place_alone(text):
+    walk, _ = batches_of(text, seed=0).batch(0, 800)
+    assert batches_of(text).at_most(800) < 800  # it goes over more than one epoch
+    for first, size in ((148, 4), (0, 1), (783, 17)):
+        again, _ = batches_of(text, seed=0).batch(first, size)  # a new start, straight at that place
+        assert torch.equal(again, walk[first : first + size])
+    assert not torch.equal(batches_of(text, seed=1).batch(0, 800)[0], walk)
+
+
+def test_each_epoch_is_the_same_text_in_another_order(text):
+    batches = batches_of(text)
+    size = batches.at_most(10**6)
+    (first, _), (second, _) = batches.batch(0, size), batches.batch(size, size)
+    assert not torch.equal(first, second)
+    windows = []
+    for i, chunk in enumerate(batches.tokens.chunks):
+        windows += chunk[: 16 * batches.sequences_in(i)].reshape(-1, 16).tolist()
+    assert sorted(first.tolist()) == sorted(second.tolist()) == sorted(windows)
+
+
+def test_a_text_that_is_too_short_is_one_line(tmp_path):
+    text = open_text(str(write(tmp_path / "short.txt", b"a few words")))
+    assert_refused(lambda: batches_of(text), r"train text of .*short\.txt has \d+ tokens, too few")

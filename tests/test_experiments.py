@@ -1,418 +1,287 @@
-"""The models of experiments/ are what they say."""
+"""The programs of experiments/, in process and on small random models."""
 
-from dataclasses import replace
+import importlib.util
+import json
+from argparse import Namespace
 
 import pytest
 import torch
-from helpers import (
-    SMALL,
-    FixedBatches,
-    folder_of,
-    greedy_without_cache,
-    move_trained_weights,
-    small_model,
-    small_qwen,
-    tokens,
-    training_options,
-)
+from helpers import TOKENIZER
 
-from experiments.alternatives import AdaptedFull, Alternative, LowRank, PaperCut, Seams, StepAdapters
-from experiments.optimizers import optimizer_of
-from experiments.smollm2 import LAYER_NAMES, prose, write_model, write_text
-from experiments.variants import (
-    DrawnDepth,
-    GateStart,
-    MeanInput,
-    OwnBases,
-    RandomBases,
-    Released,
-    Rounded,
-    SizedStepNorm,
-    TokenInput,
-    WindowInput,
-    ZeroInput,
-    states_before_loop,
-    window_mean,
-)
-from hub import load_tokenizer
-from ouroboros import Ouroboros, default_cut
-from qwen import PROJECTIONS, Qwen, rotary_at
-from train import train
+from experiments import benchmark, gpu_check, make_tiny, runs, study, variants
+from experiments.study import Row
+from ouroboros import Ouroboros
+from qwen import Qwen, load_tokenizer
+from support.files import UserError
+from support.run import Run, read_log
+from train import make_optimizer
 
-CUT = dict(prelude=2, recurrent=3, coda=2, rank=4)
-KINDS = ("matrix", "lora", "lora one")
+SMALL = "--rank 4 --depth 2 --seq-len 16 --batch-size 2 --device cpu --dtype float32"
 
-# ---- Alternatives to the paper's system ------------------------------------------------------------------
+# ---- study.py and runs.py --------------------------------------------------------------------------------
 
 
-def alternative(kind: str) -> Alternative:
-    return Alternative(small_qwen(), kind, depth=1, **CUT)
+@pytest.fixture
+def run_study(pretrained, tmp_path, monkeypatch):
+    """A function that runs a study of these rows in tmp_path/study and returns its exit code."""
 
+    def run(rows, *more):
+        monkeypatch.setattr(study, "ROWS", rows)
+        texts = ["--model", str(pretrained), "--data", str(pretrained.with_name("text.txt"))]
+        return study.main([*texts, "--sequences", "3", "--out", str(tmp_path / "study"), *more])
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_alternative_starts_as_the_cut_model(kind):
-    model = alternative(kind)
-    assert torch.allclose(model(tokens()), model.cut(tokens()), atol=1e-5)
+    return run
 
 
-@pytest.mark.parametrize("kind", ["lora", "lora one"])
-def test_the_loras_are_of_the_size_of_the_papers_system(kind):
-    def size(model) -> int:
-        return sum(p.numel() for p in model.trained_parameters().values())
+def table_of(folder) -> dict[str, list[str]]:
+    """{row: its other cells} of the table of a study."""
+    lines = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    return {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows}
 
-    budget = size(small_model())
-    assert abs(size(alternative(kind)) - budget) < 0.1 * budget
 
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_alternative_is_what_it_says(kind):
-    model = alternative(kind)
-    ids = tokens()
-    start = model.cut(ids)
-    move_trained_weights(model, 0.1)
-
-    layers = small_qwen().layers  # the kept ones are 0, 1, 3, 4 and 5
-    adapters = {
-        0: model.prelude_adapters[0],
-        1: model.prelude_adapters[1],
-        3: model.recurrent_adapter,
-        4: model.coda_adapters[0],
-        5: model.coda_adapters[1],
-    }
-    adapted = {"lora": (0, 1, 3, 4, 5), "lora one": (3,)}.get(kind, ())
-    for i in adapted:
-        for k, projection in layers[i].projections().items():
-            lora = adapters[i].lora[k]
-            projection.weight += lora.B @ lora.A
-
-    rotary = rotary_at(SMALL, 0, ids.shape[1], "cpu")
-    h = model.embed_tokens(ids)
-    for i in (0, 1, 3, 4, 5):
-        h = layers[i](h, rotary)
-        if i == 3 and kind == "matrix":
-            h = h @ model.behind_recurrent.weight.T
-    assert torch.allclose(model(ids), model.norm(h) @ model.head_weight.T, atol=1e-4)
-    assert not torch.allclose(model(ids), start, atol=1e-2)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_alternative_trains_nothing_else(kind):
-    trained = alternative(kind).trained_parameters()
-    prefixes = {
-        "matrix": ("behind_recurrent.",),
-        "lora": ("prelude_adapters.", "recurrent_adapter.", "coda_adapters."),
-        "lora one": ("recurrent_adapter.",),
-    }
-    found = {name.split(".")[0] + "." for name in trained}
-    assert found == set(prefixes[kind])
-
-
-# ---- Variants of the paper's system and of the patch -----------------------------------------------------
-
-
-def test_random_bases_are_orthogonal_and_have_the_singular_values_of_the_true_ones():
-    true = small_model().lora
-    random = RandomBases(small_qwen(), **CUT).lora
-    assert tuple(random) == tuple(true) == PROJECTIONS
-    for k in PROJECTIONS:
-        A, B = random[k].A, random[k].B
-        assert torch.allclose(A @ A.T, torch.eye(4), atol=1e-5)
-        singular_values = true[k].B.norm(dim=0)
-        assert torch.allclose(B.T @ B, torch.diag(singular_values**2), atol=1e-5)
-        assert not torch.allclose(B @ A, true[k].B @ true[k].A, atol=1e-2)
-
-
-def test_own_bases_are_those_of_the_recurrent_layer_alone():
-    projections = small_qwen().layers[3].projections()
-    for k, lora in OwnBases(small_qwen(), **CUT).lora.items():
-        U, S, V = torch.linalg.svd(projections[k].weight)
-        best = U[:, :4] * S[:4] @ V[:4]  # the best approximation of rank 4
-        assert torch.allclose(lora.B @ lora.A, best, atol=1e-4)
-
-
-@pytest.mark.parametrize("one_seam", ["in", "out"])
-def test_only_the_seam_that_is_named_is_trained(one_seam):
-    model = Seams(small_qwen(), one_seam, train_coda="none", **CUT)
-    assert model.seam_in.P.weight.requires_grad == (one_seam == "in")
-    assert model.seam_out.P.weight.requires_grad == (one_seam == "out")
-    assert model.opening.requires_grad
-
-
-def test_rounded_trains_in_bfloat16():
-    for name, p in Rounded(small_qwen(), **CUT).trained_parameters().items():
-        assert p.dtype == torch.bfloat16, name
-
-
-def test_low_rank_seams_have_two_factors_and_start_at_zero():
-    model = LowRank(small_qwen(), train_coda="all", **CUT)
-    for seam in (model.seam_in, model.seam_out):
-        down, up = seam.P
-        assert down.weight.shape == (32 // 8, 32)
-        assert up.weight.shape == (32, 32 // 8)
-    assert torch.equal(model(tokens()), model.cut(tokens()))
-
-
-def test_the_paper_cut_has_the_layers_of_the_paper_and_the_parts_of_the_patch():
-    model = PaperCut(small_qwen(), prelude=2, recurrent=2, coda=1, rank=4)
-    settings = model.settings
-    assert (settings["prelude"], settings["recurrent"], settings["coda"]) == default_cut(6)
-    assert settings["seams"] and settings["train_coda"] == "all"
-
-
-def test_each_step_has_an_adapter_of_its_own():
-    """A change of one adapter counts from its own step on. Steps past the last use the last one."""
-    model = StepAdapters(small_qwen(), train_coda="all", depth=3, **{**CUT, "modulation": "none"})
-    assert torch.equal(model(tokens()), model.cut(tokens()))
-    move_trained_weights(model, 0.1)
-    before = [model(tokens(), depth=depth) for depth in (1, 2, 3, 4)]
-    with torch.no_grad():
-        model.later_adapters[1].B["q_proj"].weight.add_(1.0)
-    after = [model(tokens(), depth=depth) for depth in (1, 2, 3, 4)]
-    same = [torch.equal(x, y) for x, y in zip(before, after)]
-    assert same == [True, True, False, False]
-
-
-def test_the_depth_is_drawn_by_the_batch_alone_and_every_depth_occurs():
-    model = DrawnDepth(small_qwen(), **CUT)
-    move_trained_weights(model, 0.1)
-    drawn = set()
-    for seed in range(20):
-        ids = tokens(seed=seed)
-        loss = model.loss(ids, ids)
-        assert torch.equal(model.loss(ids, ids), loss)
-        for depth in (1, 2, 4, 8):
-            if torch.equal(Ouroboros.loss(model, ids, ids, depth=depth), loss):
-                drawn.add(depth)
-                break
-        else:
-            raise AssertionError("none of the depths gives this loss")
-    assert drawn == {1, 2, 4, 8}
-
-
-def test_an_evaluation_decides_the_depth_itself():
-    model = DrawnDepth(small_qwen(), **CUT)
-    with torch.no_grad():
-        for depth in (1, 3):
-            expected = Ouroboros.loss(model, tokens(), tokens(), depth=depth)
-            assert torch.equal(model.loss(tokens(), tokens(), depth=depth), expected)
-
-
-# ---- The Controller's input ------------------------------------------------------------------------------
-
-
-def diagonals(model: Ouroboros, ids):
-    """The diagonals of the first step of the loop, [B, T or 1, r] for q_proj."""
-    h = states_before_loop(model, ids)
-    return model.controller(model.pool(h), 0)["q_proj"]
-
-
-def moved(model: Ouroboros) -> Ouroboros:
-    move_trained_weights(model, 0.5)
-    return model
-
-
-@torch.no_grad()
-def test_zero_input_gives_the_same_modulation_for_every_text():
-    model = moved(ZeroInput(small_qwen(), **CUT))
-    assert torch.equal(diagonals(model, tokens(seed=1)), diagonals(model, tokens(seed=2)))
-    assert diagonals(model, tokens()).abs().max() > 0
-
-
-@torch.no_grad()
-def test_mean_input_is_the_mean_over_the_text_it_was_measured_on_whatever_the_input():
-    model = moved(MeanInput(small_qwen(), **CUT))
-    model.measure(tokens(B=3))
-    h = states_before_loop(model, tokens(B=3))
-    prefix_means = torch.stack([h[:, : t + 1].mean(1) for t in range(h.shape[1])], dim=1)
-    assert torch.allclose(model.mean_input, prefix_means.mean((0, 1)), atol=1e-5)
-    assert torch.equal(diagonals(model, tokens(seed=1)), diagonals(model, tokens(seed=2)))
-    other = ZeroInput(small_qwen(), **CUT)
-    other.load_state_dict(model.state_dict(), strict=False)
-    assert not torch.allclose(diagonals(model, tokens()), diagonals(other, tokens()))
-
-
-@torch.no_grad()
-def test_token_input_depends_on_the_token_alone():
-    model = moved(TokenInput(small_qwen(), **CUT))
-    h = states_before_loop(model, tokens())
-    assert torch.equal(model.pool(h), h)
-
-
-def test_the_window_is_the_mean_over_the_last_16_positions():
-    h = torch.randn(2, 40, 8)
-    pooled = window_mean(h)
-    assert torch.allclose(pooled[:, 30], h[:, 15:31].mean(1), atol=1e-6)
-    assert torch.allclose(pooled[:, 15], h[:, :16].mean(1), atol=1e-6)
-    assert torch.allclose(pooled[:, 4], h[:, :5].mean(1), atol=1e-6)
-    assert torch.equal(pooled[:, 0], h[:, 0])
-
-
-@pytest.mark.parametrize("model_class", [TokenInput, WindowInput, ZeroInput])
-def test_generation_with_another_input_is_that_without_a_cache(model_class):
-    model = moved(model_class(small_qwen(), **CUT))
-    ids = tokens(T=20)
-    assert torch.equal(model.generate(ids, 5), greedy_without_cache(model, ids, 5))
-
-
-# ---- Other starts, and the system as released ------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_a_sized_step_norm_starts_at_the_size_of_the_state():
-    ids = tokens(B=3)
-    h = states_before_loop(small_model(), ids)[:, 1:]
-    model = SizedStepNorm(small_qwen(), **CUT)
-    model.measure(ids)
-    assert torch.allclose(model.step_norm.weight, h.square().mean().sqrt().expand(64, 32))
-    by_channel = SizedStepNorm(small_qwen(), size="channel", **CUT)
-    by_channel.measure(ids)
-    assert torch.allclose(by_channel.step_norm.weight, h.square().mean((0, 1)).sqrt().expand(64, 32))
-
-
-def test_a_gate_starts_at_the_bias_that_is_given():
-    model = GateStart(small_qwen(), gate_bias=-4.0, **CUT)
-    h = torch.randn(1, 3, 32)
-    assert torch.allclose(model.gate(h, h), torch.tensor(-4.0).sigmoid())
-
-
-def test_released_keeps_bfloat16_weights_after_steps_at_a_rate_that_stays(tmp_path):
-    model = Released(small_qwen(), depth=16, **CUT)
-    options = training_options(tmp_path, steps=4, warmup=2)
-    optimizer = optimizer_of(model, options, torch.device("cpu"), constant_rate=True)
-    rates = []
-    optimizer.register_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
-    train(model, FixedBatches(), FixedBatches(), options, torch.device("cpu"), optimizer=optimizer)
-    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01])
-    for name, p in model.trained_parameters().items():
-        assert p.dtype == torch.bfloat16, name
-    assert model.DEPTHS == (4, 8, 16)
-
-
-def test_only_the_table_of_diagonals_is_trained_at_a_multiple_of_the_rate(tmp_path):
-    model = small_model(modulation="static")
-    options = training_options(tmp_path, norm_lr_scale=50.0)
-    usual = optimizer_of(model, options, torch.device("cpu"))
-    faster = optimizer_of(model, options, torch.device("cpu"), table_rate=30.0)
-    for group, other in zip(usual.param_groups, faster.param_groups):
-        is_table = group["params"][0] is model.controller.table
-        assert other["scale"] == group["scale"] * (30 if is_table else 1)
-
-
-# ---- The adapted full model ------------------------------------------------------------------------------
-
-
-def test_the_adapted_full_model_starts_as_the_full_model_and_trains_adapters_on_every_layer():
-    model = AdaptedFull(small_qwen())
-    assert torch.allclose(model(tokens()), small_qwen()(tokens()), atol=1e-5)
-    trained = model.trained_parameters()
-    assert {name.split(".")[0] for name in trained} == {"adapters"}
-    assert {name.split(".")[1] for name in trained} == set("012345")
-    loss = model.loss(tokens(), tokens())
-    loss.backward()
-    assert all(p.grad is not None for p in trained.values())
-
-
-VARIANTS = [
-    (RandomBases, {}),
-    (OwnBases, {}),
-    (ZeroInput, {}),
-    (MeanInput, {}),
-    (TokenInput, {}),
-    (WindowInput, {}),
-    (SizedStepNorm, {"size": "channel"}),
-    (GateStart, {"gate_bias": 0.0}),
-    (DrawnDepth, {}),
-    (Rounded, {}),
-    (Released, {}),
-    (Seams, {"one_seam": "in", "train_coda": "none"}),
-    (LowRank, {"train_coda": "all"}),
-    (PaperCut, {"train_coda": "all"}),
-    (StepAdapters, {"train_coda": "all", "modulation": "none"}),
-    (AdaptedFull, {}),
-    *((Alternative, {"kind": kind}) for kind in KINDS),
+ROWS = [
+    Row("base", SMALL),
+    Row("mean", SMALL, "base", variants.MeanInput),
+    Row("closed-form", f"{SMALL} --patch --steps 0", "base"),
 ]
 
 
-@pytest.mark.parametrize("kind, settings", VARIANTS, ids=str)
-def test_a_saved_variant_comes_back_bit_for_bit(kind, settings, tmp_path):
-    base = folder_of(small_qwen(), tmp_path / "base")
-    model = kind(Qwen.from_pretrained(base), depth=2, **settings, **CUT)
-    move_trained_weights(model, 0.1)
-    model.save(tmp_path / "run")
-    again = kind.load(tmp_path / "run")
-    assert torch.equal(again(tokens()), model(tokens()))
-    assert again.trained_parameters().keys() == model.trained_parameters().keys()
+def test_a_study_trains_what_is_missing_and_names_a_damaged_run(run_study, tmp_path, capsys, monkeypatch):
+    assert run_study(ROWS, "--steps", "2") == 0
+    table = table_of(tmp_path / "study")
+    assert list(table) == ["row", "base", "mean", "closed-form"]
+    assert table["mean"][-1] == "base" and "±" in table["mean"][-2]
+
+    monkeypatch.delattr(study.train, "main")  # nothing is missing
+    (tmp_path / "study" / "mean-seed0" / "results.json").write_text('{"full": {"held-out": ["2.0"]}}')
+    capsys.readouterr()
+    assert run_study(ROWS, "--steps", "2") == 1
+    assert "mean-seed0/results.json: is not the results" in capsys.readouterr().out
+    changed = table_of(tmp_path / "study")
+    assert changed["base"] == table["base"] and changed["mean"][0] == "no numbers"
+    with pytest.raises(UserError, match="other options"):
+        run_study(ROWS, "--steps", "3")
+
+    (tmp_path / "study" / "base-seed0" / "args.json").unlink()  # no run any more
+    runs.main([str(tmp_path / "study"), "--draw"])
+    listed = capsys.readouterr()
+    assert [line.split()[0][-16:] for line in listed.out.splitlines()[1:]] == ["losed-form-seed0"]
+    assert "0 of 0" in listed.out and "mean-seed0/results.json" in listed.err
 
 
-# ---- SmolLM2 ---------------------------------------------------------------------------------------------
+def test_a_stopped_row_goes_on_and_a_diverged_one_hides_no_other(run_study, tmp_path, monkeypatch):
+    rows = [Row("wild", f"{SMALL} --lr 1e9 --modulation static"), Row("base", SMALL)]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Run, "wish_to_stop", True)
+        assert run_study(rows, "--rows", "base", "--steps", "4") > 128
+    assert len(read_log(tmp_path / "study" / "base-seed0")) == 1
+    assert run_study(rows, "--steps", "4") == 1
+    assert [row["step"] for row in read_log(tmp_path / "study" / "base-seed0")] == [1, 2, 3, 4]
+    table = table_of(tmp_path / "study")
+    assert table["wild"][0] == "no numbers" and table["base"][0] == "1"
+    assert "No numbers: wild-seed0: step" in (tmp_path / "study" / "table.md").read_text()
 
-# The fields of a GGUF file that holds a model of the sizes of SMALL.
-GGUF_METADATA = {
-    "llama.embedding_length": 32,
-    "llama.feed_forward_length": 48,
-    "llama.block_count": 6,
-    "llama.attention.head_count": 4,
-    "llama.attention.head_count_kv": 2,
-    "llama.context_length": 512,
-    "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
-    "llama.rope.freq_base": 10000.0,
-    "tokenizer.ggml.tokens": ["<|endoftext|>", *(chr(33 + i) for i in range(94)), "ab", "12"],
-    "tokenizer.ggml.token_type": [3] + [1] * 96,
-    "tokenizer.ggml.merges": ["a b", "1 2"],
-    "tokenizer.ggml.bos_token_id": 0,
-    "tokenizer.ggml.eos_token_id": 0,
+
+def test_a_difference_is_paired_by_sequence_and_seed():
+    losses = {0: [1.0, 2.0, 4.0], 1: [2.0, 2.0, 6.0], 7: [0.0, 0.0, 0.0]}
+    differences = study.paired_differences(losses, {0: [1.0] * 3, 1: [1.0] * 3, 8: [9.0] * 3})
+    assert differences == {0: [0.0, 1.0, 3.0], 1: [1.0, 1.0, 5.0]}
+    # over the seeds 0.5, 1, 4 with the deviation 1.893 = 1.093 * sqrt(3); the seeds have 4/3 and 7/3
+    assert study.summary(differences) == "1.833 ± 1.093 (0.707)"
+    assert study.summary({0: [0.0, 1.0, 3.0]}) == "1.333 ± 0.882"
+
+
+# ---- variants.py -----------------------------------------------------------------------------------------
+
+IDS = torch.arange(48).reshape(2, 24) % 400
+NOTHING = dict(modulation="none", gate=False, step_norm=False)
+KINDS = {
+    variants.ZeroInput: {},
+    variants.MeanInput: {},
+    variants.TokenInput: {},
+    variants.Static30: {"modulation": "static"},
+    variants.RandomBases: {},
+    variants.OwnBases: {},
+    variants.Released: {},
+    variants.AdaptedFull: NOTHING,
 }
 
 
-def gguf_weights(qwen: Qwen) -> dict:
-    """The weights of a model under the names and in the order of a GGUF file: rotary pairs are neighbours."""
-    state = qwen.state_dict()
-    weights = {"token_embd.weight": state["embed_tokens.weight"], "output_norm.weight": state["norm.weight"]}
-    for i in range(qwen.config.num_hidden_layers):
-        for name, hub_name in LAYER_NAMES.items():
-            weight = state[f"layers.{i}.{hub_name}.weight"]
-            if name in ("attn_q", "attn_k"):
-                rows = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # of one head of 8 channels
-                heads = len(weight) // 8
-                weight = weight[torch.cat([rows + 8 * head for head in range(heads)])]
-            weights[f"blk.{i}.{name}.weight"] = weight
-    return weights
+def new_variant(kind, folder):
+    torch.manual_seed(0)
+    model = kind(Qwen.from_pretrained(folder), rank=4, depth=2, **KINDS.get(kind, {}))
+    if kind is variants.MeanInput:
+        model.measure(IDS)
+    return model
 
 
-@torch.no_grad()
-def test_a_model_comes_back_from_the_tensors_of_a_gguf_file(tmp_path):
-    qwen = small_qwen(config=replace(SMALL, rms_norm_eps=1e-5, attention_bias=False))
-    write_model(GGUF_METADATA, gguf_weights(qwen), tmp_path)
-    again = Qwen.from_pretrained(tmp_path)
-    assert again.config == replace(qwen.config, eos_token_id=(0,))
-    assert torch.equal(again(tokens()), qwen(tokens()))
+def take_step(model):
+    optimizer = make_optimizer(model, Namespace(norm_lr_scale=1.0, lr=0.01))
+    model.loss(IDS, IDS.roll(-1, 1)).backward()
+    optimizer.step()
+    return model
 
 
-def test_the_tokenizer_of_a_gguf_file_merges_letters_and_no_digits(tmp_path):
-    write_model(GGUF_METADATA, gguf_weights(small_qwen()), tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode("ab12<|endoftext|>").tokens == ["ab", "1", "2", "<|endoftext|>"]
-    assert tokenizer.decode(tokenizer.encode("ab12<|endoftext|>").ids) == "ab12"
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_variant_trains_and_is_loaded_as_it_was(kind, pretrained, tmp_path):
+    model = new_variant(kind, pretrained)
+    before = model(IDS)
+    take_step(model)
+    model.save(tmp_path)
+    with torch.no_grad():
+        assert not torch.equal(model(IDS), before)
+        assert torch.equal(kind.load(tmp_path)(IDS), model(IDS))
+        assert model.generate(IDS[:, :4], 3).shape == (2, 7)
 
 
-def test_prose_is_what_a_page_says_outside_its_head_code_tables_and_menus():
-    html = """<html><head><title>Title</title></head><body><nav><p>Menu</p></nav>
-        <h1>Heading</h1><p>First &amp;   <b>second</b>.</p><pre>code</pre><table><tr><td>cell</table>
-        <p>Third.</p><script>run()</script></body></html>"""
-    assert prose(html) == "Heading\nFirst & second.\n\nThird."
+@pytest.mark.parametrize("kind", [variants.ZeroInput, variants.MeanInput])
+def test_a_blind_controller_sees_no_text(kind, pretrained):
+    model = new_variant(kind, pretrained)
+    model.controller.heads.weight.data.normal_()
+    first, second = (model.diagonals(torch.randn(1, 5, 32), 1)["q_proj"] for _ in range(2))
+    assert torch.equal(first, second) and first.abs().sum() > 0
 
 
-def test_a_text_has_each_long_page_once_and_few_of_them_are_held_out(tmp_path):
-    contents = {"short.html": "<p>short</p>", "genindex-A.html": "<p>an index</p>" * 200}
-    for i in range(100):
-        contents[f"page{i}.html"] = f"<p>number {i} of</p>" + "<p>a long page</p>" * 200
-    for name, content in contents.items():
-        (tmp_path / name).write_text(content)
-    write_text([tmp_path / name for name in contents], tmp_path)
+def test_the_fast_table_moves_thirty_times_as_far(pretrained):
+    moved = []
+    for kind in (Ouroboros, variants.Static30):
+        torch.manual_seed(0)
+        model = take_step(kind(Qwen.from_pretrained(pretrained), rank=4, depth=2, modulation="static"))
+        moved.append(model.controller(0)["v_proj"].detach())
+    assert torch.allclose(moved[1], 30 * moved[0], rtol=1e-4)
 
-    train = (tmp_path / "train.txt").read_text().split("\n<|endoftext|>\n")
-    val = (tmp_path / "val.txt").read_text().split("\n<|endoftext|>\n")
-    assert 1 <= len(val) <= 12
-    first_lines = [text.splitlines()[0] for text in train + val]
-    assert sorted(first_lines) == sorted(f"number {i} of" for i in range(100))
+
+def test_random_bases_have_the_true_singular_values(pretrained):
+    random = new_variant(variants.RandomBases, pretrained).lora["up_proj"]
+    true = new_variant(Ouroboros, pretrained).lora["up_proj"]
+    assert torch.allclose(random.B.norm(dim=0), true.B.norm(dim=0), rtol=1e-4)
+    assert torch.allclose(random.A @ random.A.T, torch.eye(4), atol=1e-5)
+    assert not torch.allclose(random.A, true.A, atol=0.1)
+
+
+def test_the_untrained_adapted_model_is_the_full_model(pretrained):
+    full = Qwen.from_pretrained(pretrained)
+    model = variants.AdaptedFull(full, rank=4, depth=1, **NOTHING)
+    assert torch.equal(model(IDS), full(IDS))
+    assert torch.equal(model.cut(IDS), Ouroboros(full, rank=4).cut(IDS))
+
+
+# ---- benchmark.py ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def harness():
+    pytest.importorskip("lm_eval")
+    from experiments import harness
+
+    return harness
+
+
+def test_log_probabilities_are_those_of_the_logits(harness, pretrained):
+    model = new_variant(Ouroboros, pretrained)
+    tokenizer = load_tokenizer(pretrained)
+    lm = harness.HarnessModel(model, tokenizer, max_length=10, batch_size=2, depth=3)
+    pairs = [([5] * n, [7, n, 9][: 1 + n % 3]) for n in (1, 3, 2, 30)]
+    for (context, continuation), (answer, _) in zip(pairs, lm.log_probabilities(pairs)):
+        ids = torch.tensor([(context + continuation)[-11:]])  # of a long context, the end
+        log_p = model(ids, depth=3)[0, -len(continuation) - 1 : -1].log_softmax(-1)
+        expected = sum(log_p[i, token].item() for i, token in enumerate(continuation))
+        assert answer == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(UserError, match="11 tokens"):
+        lm.log_probabilities([([5], [1] * 11)])
+    model.norm.weight.data[0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        lm.log_probabilities(pairs)
+
+
+def test_a_text_ends_at_a_stop_string_even_if_that_is_a_special_token(harness, pretrained, monkeypatch):
+    qwen = Qwen.from_pretrained(pretrained)
+    words = TOKENIZER.encode("use the copy of it").ids
+    tokens = [torch.tensor([[token]]) for token in (*words[:3], 0, *words[3:])]  # 0 is <|endoftext|>
+    monkeypatch.setattr(qwen, "new_tokens", lambda *_: iter(tokens))
+    lm = harness.HarnessModel(qwen, TOKENIZER)
+    whole = TOKENIZER.decode(words)
+    assert lm.continuation("a", ["<|endoftext|>"], 9, 0.0) == TOKENIZER.decode(words[:3])
+    assert lm.continuation("a", [" of"], 9, 0.0) == whole.partition(" of")[0]
+    assert lm.continuation("a", [], 9, 0.0) == whole
+
+
+def test_the_benchmark_compares_three_models_on_a_local_task(harness, pretrained, tmp_path, capsys):
+    rows = [{"question": f"the copy {n} of", "answer": " it"} for n in range(4)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "last_word",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+    }
+    (tmp_path / "task.yaml").write_text(json.dumps(task))  # JSON is YAML
+    run = tmp_path / "run"
+    model = take_step(new_variant(Ouroboros, pretrained))
+    model.save(run, step=1, options={"dtype": "float32"})
+    arguments = [str(run), "--tasks", "last_word", "--include", str(tmp_path), "--device", "cpu"]
+    benchmark.main(arguments)
+    scores = json.loads((run / "benchmark.json").read_text())["scores"]
+    looped, _ = scores["looped"]["last_word"]["perplexity"]
+    lm = harness.HarnessModel(model, TOKENIZER)
+    pairs = [lm._encode_pair(row["question"], row["answer"]) for row in rows]
+    losses = [-answer for answer, _ in lm.log_probabilities(pairs)]
+    assert looped == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-3)
+    assert list(scores) == ["full", "cut", "looped"] and f"{looped:,.3f}" in capsys.readouterr().out
+
+
+def test_a_pool_that_sees_the_answers_and_a_missing_harness_are_refused(pretrained, tmp_path, monkeypatch):
+    Ouroboros(Qwen.from_pretrained(pretrained), rank=4, pool="sequence").save(tmp_path)
+    arguments = [str(tmp_path), "--tasks", "piqa", "--device", "cpu"]
+    if importlib.util.find_spec("lm_eval"):
+        with pytest.raises(UserError, match="sees the answers"):
+            benchmark.main(arguments)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install lm-eval"):
+        benchmark.main(arguments)
+
+
+# ---- gpu_check.py and make_tiny.py -----------------------------------------------------------------------
+
+
+def test_gpu_check_runs_a_row_and_says_which_need_a_gpu(tmp_path):
+    rows = gpu_check.rows_of(torch.device("cpu"), small=True)
+    assert sum(row == "needs a CUDA GPU" for row in rows.values()) == 8
+    out = ["--device", "cpu", "--small", "--out", str(tmp_path)]
+    assert gpu_check.main([*out, "--row", "step of tiny"]) == 0
+    lines = json.loads((tmp_path / "row.json").read_text())
+    assert lines and all(holds for _, _, holds in lines)
+    with pytest.raises(UserError, match="such-a-row"):
+        gpu_check.main([*out, "--rows", "such-a-row"])
+
+
+def test_gpu_check_names_a_row_that_fails_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check.sys, "executable", "false")  # a program that fails at once
+    rows = ["torchrun", "waiting for the GPU"]
+    arguments = ["--device", "cpu", "--small", "--out", str(tmp_path), "--rows", *rows]
+    assert gpu_check.main(arguments) == 1
+    verdicts = [verdict for _, _, verdict in json.loads((tmp_path / "table.json").read_text())["lines"]]
+    assert verdicts == ["FAILED", "not run"]
+    assert "failed: torchrun" in capsys.readouterr().out
+
+
+def test_the_released_recipe_computes_the_same():
+    pytest.importorskip("transformers")
+    model, full = gpu_check.looped_model(Ouroboros, torch.float32, "cpu")
+    recipe = gpu_check.Recipe(model, full)
+    losses = [each.loss(IDS, IDS.roll(-1, 1)) for each in (model, recipe)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
+
+
+def test_make_tiny_writes_a_model_of_the_hub(tmp_path, monkeypatch):
+    text = "def f(x):\n    return x + 1\n\nclass C:\n    pass\n" * 200
+    monkeypatch.setattr(make_tiny.AllPython, "chunks", lambda self, split: iter([[text] * 3]))
+    make_tiny.main(["--tokens", "8192", "--layers", "1", "--width", "96", "--out", str(tmp_path)])
+    assert load_tokenizer(tmp_path).decode(load_tokenizer(tmp_path).encode("def f(x):").ids) == "def f(x):"
+    assert Qwen.from_pretrained(tmp_path)(IDS % 200).isfinite().all()

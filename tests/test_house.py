@@ -1,118 +1,90 @@
-"""The house stays in shape: imports run one way, and what few need is imported late."""
+"""The house stays small: imports run one way on few floors, and the pages name what there is."""
 
 import ast
-import json
-import subprocess
+import importlib
+import re
 import sys
+from functools import cache
 
 import pytest
-from helpers import ROOT
+import torch
+from helpers import ROOT, TOKENIZER, small_model, tokens
+from test_train import short_end as short_end  # a fixture that every test uses
 
-import threads
+import data
+from ouroboros import Ouroboros
+from support.options import build_parser
 
-# Each file imports only from files before it.
-ORDER = [
-    "threads",
-    "output",
-    "estimates",
-    "presets",
-    "files",
-    "run_folder",
-    "device",
-    "hub",
-    "checkpoint",
-    "fast",
-    "generation",
-    "qwen",
-    "saving",
-    "ouroboros",
-    "patch",
-    "memory",
-    "inside",
-    "processes",
-    "documents",
-    "sources",
-    "data",
-    "continuations",
-    "evaluate",
-    "report",
-    "perplexity",
-    "card",
-    "options",
-    "plot",
-    "train",
-    "sample",
-    "look",
-]
-PROGRAMS = {"train", "sample", "look"}  # these are imported by no file
+TOP = ["data", "evaluate", "look", "ouroboros", "patch", "qwen", "sample", "test_ouroboros", "train"]
+FILES = {name: ROOT / f"{name}.py" for name in TOP if name != "test_ouroboros"}
+FILES |= {f"support.{path.stem}": path for path in ROOT.glob("support/*.py")}
 
 
+@cache
 def imported_by(name: str) -> set[str]:
-    """The names of the top-level modules that a file imports, inside functions too."""
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    """The names of our modules that a file imports, inside functions too."""
     modules = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                modules.add(alias.name.split(".")[0])
+            modules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name}.py has a relative import"
-            modules.add(node.module.split(".")[0])
-    return modules
+            modules.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+    return modules & FILES.keys()
 
 
-def test_every_file_has_a_place_in_the_order():
-    files = {path.stem for path in ROOT.glob("*.py") if not path.stem.startswith("test_")}
-    assert files == set(ORDER)
+def floor(name: str, above=()) -> int:
+    """The length of the longest way down from a file."""
+    assert name not in above, f"{' -> '.join(above)} -> {name}: imports go round"
+    return 1 + max((floor(below, (*above, name)) for below in imported_by(name)), default=0)
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_only_from_files_before_it(name):
-    ours = imported_by(name).intersection(ORDER)
-    allowed = set(ORDER[: ORDER.index(name)]) - PROGRAMS
-    assert ours <= allowed
-    assert "experiments" not in imported_by(name)
-    assert "tests" not in imported_by(name)
+def test_imports_run_one_way_on_at_most_seven_floors():
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == TOP
+    assert max(floor(name) for name in FILES) <= 7
+    assert len(imported_by("ouroboros")) <= 4
+    assert not any(imported_by(name).intersection(TOP) for name in FILES.keys() - set(TOP))
 
 
-def modules_after(statement: str) -> dict[str, str]:
-    """module -> its file, of all that a new Python has loaded after this statement."""
-    code = f"""if True:
-        import json, sys
-        {statement}
-        files = {{}}
-        for name, module in list(sys.modules.items()):
-            files[name] = str(getattr(module, "__file__", None))
-        print(json.dumps(files))"""
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return json.loads(result.stdout)
+def test_no_file_loads_a_pickle_and_train_has_at_most_26_options():
+    for path in FILES.values():
+        code = ast.unparse(ast.parse(path.read_text()))  # without comments
+        assert not re.search(r"(import|from) pickle|\btorch\.load\(", code), path
+    assert len([action for action in build_parser()._actions if action.dest != "help"]) <= 26
 
 
-@pytest.mark.parametrize("program", sorted(PROGRAMS))
-def test_how_threads_wait_is_set_before_torch_reads_it(program, monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    modules = list(modules_after(f"import {program}, os; assert 'GOMP_SPINCOUNT' in os.environ"))
-    assert modules.index("threads") < modules.index("torch")
+def test_every_command_of_the_pages_names_a_program_and_options_that_there_are(monkeypatch, capsys):
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    commands = re.findall(r"(?:python|\d) ((?:\w+/)?\w+)\.py([^`\n]*)", text)
+    assert len(commands) > 5
+    helps = {}
+    for program, words in commands:
+        if program not in helps:
+            monkeypatch.setattr(sys, "argv", [program, "--help"])
+            with pytest.raises(SystemExit):
+                importlib.import_module(program.replace("/", ".")).main()
+            helps[program] = capsys.readouterr().out
+        for option in re.findall(r"(?<!\S)--[a-z-]+", words.partition("#")[0]):
+            assert re.search(f"{option}(?![a-z-])", helps[program]), f"{program}.py has no {option}"
 
 
-@pytest.mark.parametrize("load, expected", [(0.5, 30_000), (3.9, 30_000), (4.0, 1_000), (9.0, 1_000)])
-def test_threads_wait_a_shorter_time_where_other_programs_need_the_cores(load, expected, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
-    assert threads.turns() == expected
-
-
-@pytest.mark.parametrize("program", ["plot", "experiments.runs"])
-def test_what_only_reads_the_losses_of_runs_starts_without_torch(program):
-    assert "torch" not in modules_after(f"import {program}")
-
-
-def test_importing_the_programs_brings_no_experiments_matplotlib_or_transformers():
-    modules = modules_after("import qwen, ouroboros, patch, train, sample, look")
-    assert "torch" in modules
-    for name, file in modules.items():
-        assert name.split(".")[0] not in ("experiments", "matplotlib", "transformers", "plot"), name
-        assert not file.startswith(str(ROOT / "experiments")), name
+def test_the_python_blocks_of_contributing_do_what_the_page_says(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "BUILT_IN_TEXTS", data.BUILT_IN_TEXTS.copy())
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL):
+        exec(block, names)
+    classes = [value for value in names.values() if isinstance(value, type)]
+    for kind in [kind for kind in classes if issubclass(kind, Ouroboros)]:
+        model = small_model(kind=kind)
+        model.loss(tokens(), tokens(seed=2)).backward()
+        assert all(p.grad is not None for p in model.trained_parameters().values())
+        ids = tokens()
+        assert torch.allclose(model(ids[:, :5]), model(ids)[:, :5], atol=1e-5)  # nothing sees a later token
+        for _ in range(5):  # without a cache
+            ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(model.generate(tokens(), 5), ids)
+    for name in data.BUILT_IN_TEXTS.keys() - {"python", "fineweb-edu"}:
+        for split in ("train", "held-out"):
+            ids, targets = data.Batches(data.Tokens(data.open_text(name), split, TOKENIZER), 8).batch(0, 2)
+            assert torch.equal(ids[:, 1:], targets[:, :-1])

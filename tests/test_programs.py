@@ -1,0 +1,250 @@
+"""evaluate.py and sample.py, the report of a run, and the readers and writers of files."""
+
+import io
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, write_text
+from huggingface_hub import ModelCard
+from test_train import command, refusal, table_of
+
+import evaluate
+import sample
+import train
+from data import Batches, Tokens, open_text
+from qwen import load_tokenizer
+from support import files, report
+from support.files import UserError, read_checkpoint, read_json, read_tensors
+
+
+@pytest.fixture(scope="module")
+def run(pretrained, tmp_path_factory):
+    """A run of four steps. Tests only read it."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    train.main(command(pretrained, "--out", folder))
+    return folder
+
+
+# ---- evaluate.py -----------------------------------------------------------------------------------------
+
+
+def test_evaluate_measures_all_of_another_text_at_another_depth(run, pretrained, tmp_path, capsys):
+    text = write_text(tmp_path / "poems.txt", 40)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    evaluate.main([str(run), "--data", str(text), "--depth", "3", "--sequences", "2"])
+    table = table_of(capsys.readouterr().out)
+    assert table[0].split() == ["poems.txt"]
+    assert table[3].startswith("ouroboros, depth 3")
+
+    model, full, cut = evaluate.open_run_and_baselines(run)
+    batches = Batches(Tokens(open_text(str(text)), "all", load_tokenizer(pretrained)), 32)
+    for line, (kind, depth) in zip(table[1:4], ((full, {}), (cut, {}), (model, {"depth": 3})), strict=True):
+        values = [kind.loss(*batches.batch(n, 1), **depth).item() for n in range(2)]
+        assert str(report.estimate(values)) in line
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+# ---- sample.py -------------------------------------------------------------------------------------------
+
+
+def sampled(capsys, *argv) -> str:
+    capsys.readouterr()
+    sample.main([str(word) for word in argv])
+    return capsys.readouterr().out
+
+
+def test_a_prompt_is_continued_by_the_likeliest_tokens(run, pretrained, capsys):
+    printed = sampled(capsys, run, "--prompt", "doc1 doc1", "--max-new-tokens", 5, "--depth", 3)
+    tokenizer = load_tokenizer(pretrained)
+    ids = torch.tensor([tokenizer.encode("doc1 doc1").ids])
+    ids = evaluate.open_run(run).generate(ids, 5, depth=3)
+    assert printed == tokenizer.decode(ids[0].tolist(), skip_special_tokens=False) + "\n"
+
+
+def test_the_seed_decides_what_is_drawn(run, capsys):
+    argv = [run, "--prompt", "doc1", "--max-new-tokens", 20, "--temperature", 1.5]
+    one, again, other = (sampled(capsys, *argv, "--seed", seed) for seed in (1, 1, 2))
+    assert one == again != other
+    assert sampled(capsys, *argv, "--seed", 2, "--top-p", 1e-6) == sampled(capsys, *argv, "--top-p", 1e-6)
+
+
+def test_all_three_models_continue_each_of_several_prompts(run, capsys):
+    printed = sampled(capsys, run, "--compare", "--prompt", "doc1", "--prompt", "doc2", "--max-new-tokens", 3)
+    heads = [line for line in printed.splitlines() if line.endswith(":")]
+    assert heads == 2 * ["prompt:", "full model:", "cut model:", "ouroboros, depth 2:"]
+    assert printed.count("doc1") == printed.count("doc2") == 1
+    alone = sampled(capsys, run, "--prompt", "doc2", "--max-new-tokens", 3)
+    assert printed.endswith(f"ouroboros, depth 2:\n{alone.removeprefix('doc2')}")
+
+
+def test_each_line_of_the_input_is_a_prompt(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("doc1\n\ndoc2\n"))
+    printed = sampled(capsys, run, "--max-new-tokens", 1)
+    assert printed.startswith("doc1") and "\ndoc2" in printed
+
+
+class Speaking:
+    """A model that continues every prompt with these tokens."""
+
+    norm = torch.nn.LayerNorm(1)
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def new_tokens(self, *_, **__):
+        yield from torch.tensor(self.tokens)[:, None, None]
+
+
+def test_a_character_of_several_tokens_is_printed_when_it_is_whole(pretrained, capsys):
+    tokenizer = load_tokenizer(pretrained)
+    tokens = tokenizer.encode("日本", add_special_tokens=False).ids
+    assert len(tokens) == 6
+    for shown, expected in ((6, "日本\n"), (5, "日\ufffd\n")):
+        sample.print_continuation(Speaking(tokens[:shown]), tokenizer, [], sample.parse_arguments(["run"]))
+        assert capsys.readouterr().out == expected
+
+
+WRONG = "temperature -1, temperature nan, top-p 0, top-p 1.1, max-new-tokens 0, depth 0, device gpu"
+
+
+def test_what_cannot_be_drawn_is_one_line_that_names_the_option(run, capsys):
+    for option in WRONG.split(", "):
+        line = refusal(capsys, sample.main, run, "--prompt", "doc1", *f"--{option}".split())
+        assert f"--{option.split()[0]}" in line
+    assert "--prompt is empty" in refusal(capsys, sample.main, run, "--prompt", "")
+    line = refusal(capsys, sample.main, run, "--prompt", "doc1", "--temperature", "1e-40")
+    assert "temperature 1e-40" in line
+
+
+def test_a_program_needs_neither_a_home_nor_a_name_nor_a_terminal_of_many_characters(run):
+    code = f"""if True:
+        import pwd, runpy, sys
+        def no_name(number): raise KeyError(number)
+        pwd.getpwuid = no_name  # as in a container
+        sys.argv = ["sample.py", {str(run)!r}, "--prompt", "doc1 日", "--max-new-tokens", "2", "--compare"]
+        sys.path.insert(0, {str(ROOT)!r})
+        runpy.run_path({str(ROOT / "sample.py")!r}, run_name="__main__")"""
+    environment = dict.fromkeys(("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"), "")
+    environment |= {"PYTHONIOENCODING": "ascii", "XDG_CACHE_HOME": "/proc/nowhere", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("prompt:\ndoc1 ?\n\nfull model:\n")
+
+
+# ---- The report ------------------------------------------------------------------------------------------
+
+
+def test_means_their_errors_and_the_gap_are_those_by_hand():
+    mean, error = report.estimate([1.0, 2.0, 6.0])
+    assert (mean, error) == (3.0, pytest.approx(math.sqrt(7 / 3)))  # variance 7, of three values
+    results = {"full": {"a": [1.0, 3.0], "b": [1.0]}, "cut": {"a": [5.0, 6.0], "b": [1.0]}}
+    results["ouroboros"] = {"a": [3.0, 3.0], "b": [1.0]}  # 2 of 4 and 3 of 3 have come back
+    rows = report.table_rows(results, {"full": "F", "cut": "C", "ouroboros": "O"})
+    assert rows[:2] == [["", "a", "b"], ["F", "2.000 ± 1.000", "1.000"]]
+    assert rows[2:4] == [["C", "5.500 ± 0.500", "1.000"], ["O", "3.000 ± 0.000", "1.000"]]
+    assert rows[4] == ["gap recovered", "71.4 ± 24.5%", "no gap"]
+    assert report.gap_recovered([1.0], [3.0], [0.0]).percent() == "150.0%"
+    assert report.gap_recovered([1.0], [3.0], [4.0]).percent() == "-50.0%"
+    assert report.gap_recovered([3.0, 3.0], [2.0, 2.0], [1.0, 1.0]) is None
+
+
+def test_the_card_has_valid_metadata_and_no_path_of_this_machine(run, pretrained, tmp_path):
+    path = run / "step-0000004" / "README.md"
+    card = ModelCard.load(path)
+    assert card.data.library_name == "ouroboros-from-scratch"
+    assert card.data.base_model is None  # it is a folder here
+    for part in ("# mine\n", "| gap recovered |", "| rank | 4 |", "| model | model |", "| data | text.txt |"):
+        assert part in card.text
+    assert str(run.parent) not in path.read_text() and str(pretrained.parent) not in path.read_text()
+    options, _ = train.parse_options(["--model", "Qwen/Qwen2.5-0.5B"])
+    report.write_card(tmp_path / "run" / "step-1", [["", "a"]], options, 4)
+    assert ModelCard.load(tmp_path / "run" / "step-1" / "README.md").data.base_model == "Qwen/Qwen2.5-0.5B"
+
+
+def test_a_picture_is_drawn_of_a_run_with_steps_and_of_no_other(run, tmp_path):
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    report.draw_losses(tmp_path / "loss.png", [], None)
+    assert list(tmp_path.iterdir()) == []
+    report.draw_losses(tmp_path / "loss.png", [{"step": 1, "loss": 2.0}], None)  # a run that has not ended
+    assert (tmp_path / "loss.png").stat().st_size > 5000
+
+
+# ---- Reading and writing ---------------------------------------------------------------------------------
+
+
+def test_a_writer_leaves_the_old_file_or_the_new_one_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "deep" / "file.json"
+    files.write_json(path, {"a": 1})
+
+    def half(part):
+        part.write_text('{"a"')
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.replace_file(path, half)
+    with pytest.raises(ValueError):  # a bug keeps its traceback
+        files.write_json(path, {"a": math.nan})
+    with pytest.raises(UserError, match="file.json/x: cannot be written"):
+        files.write_json(path / "x", {})
+    assert read_json(path) == {"a": 1}
+    assert os.listdir(path.parent) == ["file.json"]
+
+
+def assert_refused(reader, path):
+    with pytest.raises(UserError) as caught:
+        reader(path)
+    assert path.name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "reader, name", [(read_json, "args.json"), (read_tensors, "step-0000004/ouroboros.safetensors")]
+)
+def test_a_reader_names_the_file_that_is_absent_damaged_or_of_another_kind(reader, name, run, tmp_path):
+    good = (run / name).read_bytes()
+    path = tmp_path / "file"
+    assert_refused(reader, path)
+    for content in (
+        b"",
+        good[:1],
+        good[:7],
+        good[: len(good) // 2],
+        good[:-3],
+        b"\xff" * 100,
+        b"[1]",
+        b"null",
+    ):
+        path.write_bytes(content)
+        assert_refused(reader, path)
+    path.write_bytes(good)
+    assert len(reader(path)) > 3
+    assert_refused(reader, tmp_path)  # a folder
+
+
+def test_a_checkpoint_with_any_bit_flipped_or_cut_short_is_refused(tmp_path):
+    def read(path):
+        return read_checkpoint(path.parent)
+
+    tensors = {"a": torch.randn(7), "b": torch.arange(3), "c": torch.zeros(2, 2, dtype=torch.bfloat16)}
+    files.write_checkpoint(tmp_path, tensors, {"model": {"base": "é"}, "step": 3})
+    path = tmp_path / "ouroboros.safetensors"
+    again, about = read(path)
+    assert about["step"] == 3
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    good = path.read_bytes()
+    for bit in range(8 * len(good)):
+        content = bytearray(good)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        assert_refused(read, path)
+    for length in range(0, len(good), 5):
+        path.write_bytes(good[:length])
+        assert_refused(read, path)
+    path.unlink()
+    assert_refused(read, path)
+    files.write_checkpoint(tmp_path, tensors, {"format": 3})
+    with pytest.raises(UserError, match="4bfd857 reads format 3"):
+        read(path)
