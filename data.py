@@ -1,8 +1,9 @@
 """Text -> documents -> tokens -> batches: deterministic in the seed, and able to start again at any step.
 
-A text has two splits, "train" and "held-out"; "all" is both. A split is read in chunks, lists of documents,
-which become tokens when they are first needed, so training begins before all of a large text is tokens.
-Sequence n of the training order is a function of the text, the seed and n alone.
+A text has two splits, "train" and "held-out"; "all" is what evaluate.py --data reads. A split is read in
+chunks, lists of documents, which are tokenised when they are first needed, so training begins before all of a
+large text is. The tokens stay in memory. Sequence n of the training order is a function of the text, the seed
+and n alone.
 """
 
 import gzip
@@ -17,10 +18,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from qwen import load_tokenizer
 from support.files import UserError, check_choice, fetch, reading
 from support.machine import progress
-from support.pretrained import END_OF_TEXT
+from support.pretrained import END_OF_TEXT, load_tokenizer
 
 CHUNK_CHARACTERS = 8_000_000  # of text in a chunk, about two million tokens
 EVALUATION_SEED = 2**32  # evaluation reads a text in an order of its own, which no --seed gives
@@ -215,8 +215,9 @@ class TextFiles:
 
 def is_text(path: Path) -> bool:
     """Whether a path inside a data folder is a text. Hidden and unfinished files and runs are not."""
-    skipped = any(part.startswith(".") or ".part." in part for part in path.parts)
-    return path.name.lower().endswith(SUFFIXES) and path.name != "log.jsonl" and not skipped
+    hidden = any(part.startswith(".") for part in path.parts)
+    unfinished = path.stem.endswith(".part")
+    return path.name.lower().endswith(SUFFIXES) and path.name != "log.jsonl" and not hidden and not unfinished
 
 
 def pieces_of(file: Path) -> Iterator[tuple[str, bool]]:

@@ -25,7 +25,7 @@ from support.run import read_run
 
 
 @torch.no_grad()
-def evaluate(model, batches: Batches, sequences: int, **depth) -> list[float]:
+def evaluate(model, batches: Batches, sequences: int, **loop) -> list[float]:
     """The mean cross entropy of each of so many sequences, in nats per token.
 
     Of a text with fewer sequences, each is read once.
@@ -35,14 +35,15 @@ def evaluate(model, batches: Batches, sequences: int, **depth) -> list[float]:
     with eager():  # compiled or not, all models are measured with the same rounding
         for n in progress(range(batches.at_most(sequences)), desc="evaluating", unit=" sequences"):
             ids, targets = batches.batch(n, 1, device)  # [1, T] each
-            losses.append(model.loss(ids, targets, **depth).item())
+            losses.append(model.loss(ids, targets, **loop).item())
     return losses
 
 
 class Evaluation:
     """What all models of a run are measured by: the columns of its table, and a text that they continue.
 
-    columns: {name: Batches}. sequences: how many of each column are read. One column is called "held-out".
+    columns: {name: Batches}. sequences: how many of each column are read. Those of a run have a column
+    "held-out", which held_out_loss and continue_text read.
     """
 
     PROMPT_TOKENS = 48
@@ -64,16 +65,16 @@ class Evaluation:
             columns["held-out, t+2"] = Batches(held_out, options.seq_len, offset=2)
         return cls(columns, options.eval_sequences)
 
-    def held_out_loss(self, model) -> float:
+    def held_out_loss(self, model, sequences: int | None = None) -> float:
         """The mean loss on held-out text, in nats per token."""
-        losses = evaluate(model, self.columns["held-out"], self.sequences)
+        losses = evaluate(model, self.columns["held-out"], sequences or self.sequences)
         return sum(losses) / len(losses)
 
-    def losses(self, model, **depth) -> dict[str, list[float]]:
+    def losses(self, model, **loop) -> dict[str, list[float]]:
         """{column: losses of the sequences}. Raises UserError if a loss is not finite."""
         losses = {}
         for name, batches in self.columns.items():
-            losses[name] = evaluate(model, batches, self.sequences, **depth)
+            losses[name] = evaluate(model, batches, self.sequences, **loop)
             if not all(map(math.isfinite, losses[name])):
                 raise UserError(
                     f"a loss of the {type(model).__name__} on the {batches.tokens.name} is not finite; give "
@@ -138,7 +139,7 @@ def open_run_and_baselines(run, base=None, dtype=torch.float32, device="cpu", ch
     looped = open_run(run, full, dtype, device, checkpoint)
     kept = {name: looped.settings[name] for name in ("prelude", "recurrent", "coda")}
     # the cut of the full model, and not of layers that a variant has trained
-    cut = Ouroboros(full, modulation="none", rank=1, **kept).cut
+    cut = Ouroboros(full, modulation="none", **kept).cut
     return looped, full, cut
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import open_run, run_parser
-from ouroboros import LoopCache, Ouroboros
+from ouroboros import Ouroboros
 from patch import Patched
 from qwen import PROJECTIONS, load_tokenizer, rotary_at
 from support.fast import promote
@@ -50,7 +50,7 @@ def look_inside(model: Ouroboros, tokenizer, prompt: str, depth: int | None = No
     # From here on as in Ouroboros.hidden, but the coda and the final norm follow each step.
     depth = model.checked_depth(depth)
     rotary = rotary_at(model.config, 0, len(tokens), ids.device)
-    no_cache = LoopCache([None] * len(model.prelude), [None] * depth, [None] * len(model.coda))
+    no_cache = model.no_cache(depth)
     h = model.run_prelude(model.embed_tokens(ids), rotary, no_cache)  # [1, all tokens, d]
     steps, diagonals = [], []
     for t in range(depth):

@@ -60,7 +60,7 @@ def svd_bases(R, rank: int):
     cancels and the update is B A: the recurrent layer then has about the mean weights of the removed ones.
 
     The columns of V are the eigenvectors of R^T R, and those of U are the eigenvectors of R R^T. The smaller
-    of the two takes seconds for all projections of a 3B model, where torch.linalg.svd takes minutes.
+    of the two matrices takes seconds for all projections of a 3B model, where torch.linalg.svd takes minutes.
     """
     R = promote(R)
     out_features, in_features = R.shape
@@ -328,7 +328,8 @@ class Ouroboros(LanguageModel):
         num_layers = qwen.config.num_hidden_layers
         sizes = [min(projection.weight.shape) for projection in qwen.layers[0].projections().values()]
         check_number("depth", self.settings["depth"], 1, MAX_STEPS)
-        check_number("rank", self.settings["rank"], 1, min(sizes))
+        if self.settings["modulation"] != "none":
+            check_number("rank", self.settings["rank"], 1, min(sizes))
         for name in ("prelude", "recurrent", "coda"):
             check_number(name, self.settings[name], 1, num_layers)
 
@@ -366,7 +367,7 @@ class Ouroboros(LanguageModel):
         first = 0 if cache is None else cache.prelude[0].length
         rotary = rotary_at(self.config, first, ids.shape[1], ids.device)
         if cache is None:
-            cache = LoopCache([None] * len(self.prelude), [None] * depth, [None] * len(self.coda))
+            cache = self.no_cache(depth)
         assert len(cache.steps) == depth, "the cache was made for another depth"
 
         h = self.run_prelude(self.embed_tokens(ids), rotary, cache)
@@ -436,6 +437,10 @@ class Ouroboros(LanguageModel):
             steps=[StepCache() for _ in range(self.checked_depth(depth))],
             coda=[KVCache() for _ in self.coda],
         )
+
+    def no_cache(self, depth: int) -> LoopCache:
+        """What stands for a cache in a pass of `depth` steps over whole sequences."""
+        return LoopCache([None] * len(self.prelude), [None] * depth, [None] * len(self.coda))
 
     @property
     def cut(self) -> Qwen:

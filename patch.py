@@ -100,7 +100,10 @@ class Patched(Ouroboros):
 
     def __init__(self, qwen: Qwen, depth=1, modulation="none", **settings):
         super().__init__(qwen, depth=depth, modulation=modulation, gate=False, step_norm=False, **settings)
-        del self.settings["gate"], self.settings["step_norm"]
+        del (
+            self.settings["gate"],
+            self.settings["step_norm"],
+        )  # load() passes on the settings; these are fixed
         d = qwen.config.hidden_size
         self.opening = nn.Parameter(torch.zeros(depth, d))  # o
         nn.init.ones_(self.opening[0])
@@ -224,11 +227,10 @@ def seam_error(P, h, y) -> float:
 
 
 def distillation_loss(model: Ouroboros, full: Qwen, weight: float, ids, targets):
-    """The mean cross entropy with mixed targets: 1 - weight of the token that follows in the text, weight of
-    the full model's prediction.
+    """-sum q log p, the mean over the tokens, with q = (1 - weight) onehot(target) + weight p_full.
 
-    ids and targets are those of model.loss. weight 0 is model.loss, weight 1 leaves the text's own next
-    tokens out.
+    p_full is the full model's prediction. ids and targets are those of model.loss. weight 0 is model.loss,
+    weight 1 leaves the text's own next tokens out.
     """
     with torch.no_grad():
         full_h = full.hidden(ids)

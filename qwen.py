@@ -212,7 +212,8 @@ class LanguageModel(nn.Module):
     """What the plain and the looped model share: hidden states become logits, a loss or text.
 
     A subclass has config, embed_tokens, lm_head (None where the head is tied to the embedding), and the
-    methods hidden(ids, cache) and new_cache(). loop: depth=N, for the looped model alone.
+    methods hidden(ids, cache) and new_cache(). loop: depth=N, for the looped model alone; forward passes on
+    cache too.
     """
 
     @property
@@ -313,7 +314,7 @@ class Qwen(LanguageModel):
         return [KVCache() for _ in self.layers]
 
     def hidden(self, ids, cache: list[KVCache] | None = None):
-        """ids [B, T] -> normalised last hidden states [B, T, d]. Those in a cache come before ids."""
+        """ids [B, T] -> normalised last hidden states [B, T, d]. The tokens in a cache come before ids."""
         first = 0 if cache is None else cache[0].length
         rotary = rotary_at(self.config, first, ids.shape[1], ids.device)
         if cache is None:
@@ -365,12 +366,18 @@ class Qwen(LanguageModel):
 
         It is the same wherever the files lie and in which type the weights were loaded.
         """
-        shape = asdict(replace(self.config, eos_token_id=()))
-        digest = hashlib.sha256(str(shape).encode())
+        numbers = asdict(replace(self.config, eos_token_id=()))
+        digest = hashlib.sha256(str(numbers).encode())
         for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
             values = tensor.flatten()
             last = max(0, len(values) - 256)
-            # four times 256 neighbouring values: of a mapped file, only a few pages are read
-            samples = [values[i * last // 3 :][:256] for i in range(4)]
-            digest.update(name.encode() + torch.cat(samples).bfloat16().float().cpu().numpy().tobytes())
+            for first in (
+                0,
+                last // 3,
+                last * 2 // 3,
+                last,
+            ):  # few places: of a mapped file, few pages are read
+                sample = values[first : first + 256].bfloat16().float()
+                digest.update(sample.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -59,9 +59,9 @@ def small_model(dtype=torch.float32, randomise=True, **settings) -> Ouroboros:
     return model.to(dtype)
 
 
-def tokens(B=2, T=12, seed=1):
+def tokens(B=2, T=12, seed=1, vocabulary=97):
     """Random token ids [B, T]."""
-    return torch.randint(0, SMALL.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, vocabulary, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def fixed_seed():
 # ---- The whole model, written out ------------------------------------------------------------------------
 #
 # A second implementation, from the equations alone: one vector for each position, one head at a time, and a
-# weight matrix of its own for each position. It takes weights from the model and calls none of its code.
+# weight matrix of its own for each position. It takes weights from the model and calls no forward pass of it.
 
 
 def silu(x):
@@ -355,7 +355,7 @@ IMPOSSIBLE = [("depth", 65), ("rank", 17), ("rank", 4.0), ("prelude", 3), ("coda
 
 @pytest.mark.parametrize("name, value", IMPOSSIBLE)
 def test_a_setting_that_is_not_possible_is_one_line_that_names_it(name, value):
-    with pytest.raises(UserError, match=f"({name}|the cut) .*{value}") as caught:
+    with pytest.raises(UserError, match=f"{name} .*{value}") as caught:
         small_model(**{name: value})
     assert "\n" not in str(caught.value)
 

@@ -21,7 +21,7 @@ from patch import Patched, distillation_loss, mend_seams
 from qwen import Qwen, load_tokenizer
 from support import fast, report
 from support.files import UserError, run_program
-from support.machine import Workers, gpu_memory
+from support.machine import Workers, faster_threads, gpu_memory
 from support.options import parse_options
 from support.run import Run
 
@@ -56,6 +56,9 @@ def main(argv=None, new_model=None, **values) -> int:
 
         # ---- Model
         full = Qwen.from_pretrained(options.model, workers.dtype, device)
+        if options.threads is None:
+            options.threads = faster_threads(partial(evaluation.held_out_loss, full, sequences=1))
+        torch.set_num_threads(options.threads)
         model = new_model(full, options)
         if checkpoint is None:
             fit_to_text(model, full, training, options)

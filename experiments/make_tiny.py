@@ -8,7 +8,6 @@ both. It takes over an hour on two cores, and torch >= 2.9 for torch.optim.Muon,
 import json
 import math
 import sys
-import time
 from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 
@@ -21,16 +20,18 @@ sys.path.insert(0, str(ROOT))
 
 from data import CHUNK_CHARACTERS, Batches, PythonSource, Tokens, grouped
 from evaluate import evaluate
-from qwen import Config, Qwen, load_tokenizer
-from support.files import UserError, replace_file, run_program, write_json
+from qwen import Config, Qwen
+from support.files import replace_file, run_program, write_json
 from support.options import number
 from support.pretrained import END_OF_TEXT
 from support.report import estimate
 
 VOCABULARY = 4096  # tokens
+LAYERS = 12
+WIDTH = 192  # the hidden size, a multiple of 96
+HEAD_DIM = 32
 LENGTH = 256  # tokens of a sequence
 BATCH = 16  # sequences of a step
-HEAD_DIM = 32
 
 
 class AllPython(PythonSource):
@@ -45,30 +46,23 @@ class AllPython(PythonSource):
 def main(argv=None):
     parser = ArgumentParser(description=__doc__.splitlines()[0], usage=SUPPRESS)
     option = parser.add_argument
-    option("--tokens", type=number(1.0, 1e12), default=14.5e6, help="To train on. [14.5e6]")
+    option("--tokens", type=number(float(LENGTH * BATCH), 1e12), default=14.5e6, help="To train on. [14.5e6]")
     option("--out", type=Path, default=ROOT / "tiny", help="The folder of the model. [tiny]")
-    option("--layers", type=number(1, 1000), default=12, help="How many layers it has. [12]")
-    option("--width", type=number(96, 9600), default=192, help="Its hidden size, a multiple of 96. [192]")
     option("--compile", action="store_true", help="Use torch.compile, which needs a C++ compiler.")
     options = parser.parse_args(argv)
     steps = int(options.tokens // (LENGTH * BATCH))
-    if steps < 1 or options.width % 96:
-        raise UserError(f"give --tokens of {LENGTH * BATCH} or more, and a --width that is a multiple of 96")
     torch.manual_seed(0)
 
     # ---- Text
     text = AllPython()
-    path = options.out / "tokenizer.json"
-    if not path.exists():
-        tokenizer = make_tokenizer(text)
-        replace_file(path, lambda part: tokenizer.save(str(part)))
-    tokenizer = load_tokenizer(options.out)
+    tokenizer = make_tokenizer(text)
+    replace_file(options.out / "tokenizer.json", lambda part: tokenizer.save(str(part)))
     training = Batches(Tokens(text, "train", tokenizer), LENGTH)
     held_out = Batches(Tokens(text, "held-out", tokenizer), LENGTH)
 
     # ---- Model
     end_token = tokenizer.token_to_id(END_OF_TEXT)
-    write_json(options.out / "config.json", hub_config(options.width, options.layers, end_token))
+    write_json(options.out / "config.json", hub_config(end_token))
     model = Qwen(Config.from_pretrained(options.out))
     initialise(model)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
@@ -76,8 +70,6 @@ def main(argv=None):
     muon, adam = make_optimizers(model)
 
     # ---- Training
-    losses = []
-    started = time.time()
     for step in range(steps):
         muon.param_groups[0]["lr"] = 0.02 * rate_scale(step, steps)
         adam.param_groups[0]["lr"] = 3e-3 * rate_scale(step, steps)
@@ -90,15 +82,10 @@ def main(argv=None):
         for optimizer in (muon, adam):
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(loss.item())
 
-        is_last = step + 1 == steps
-        if (step + 1) % 50 == 0 or is_last:
-            recent = losses[-50:]
-            speed = (step + 1) * LENGTH * BATCH / (time.time() - started)
-            mean = sum(recent) / len(recent)
-            print(f"step {step + 1}/{steps}  loss {mean:.4f}  {speed:.0f} tokens/s", flush=True)
-        if (step + 1) % 500 == 0 or is_last:
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1}/{steps}  loss {loss.item():.4f}", flush=True)
+        if (step + 1) % 500 == 0 or step + 1 == steps:
             print(f"held-out {estimate(evaluate(model, held_out, 128))}", flush=True)
             save_weights(model, options.out)
 
@@ -117,16 +104,16 @@ def make_tokenizer(text) -> Tokenizer:
     return tokenizer
 
 
-def hub_config(width: int, layers: int, end_token: int) -> dict:
+def hub_config(end_token: int) -> dict:
     """The content of config.json."""
-    heads = width // HEAD_DIM
+    heads = WIDTH // HEAD_DIM
     return dict(
         architectures=["Qwen2ForCausalLM"],
         model_type="qwen2",
         vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=width * 8 // 3,
-        num_hidden_layers=layers,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH * 8 // 3,
+        num_hidden_layers=LAYERS,
         num_attention_heads=heads,
         num_key_value_heads=heads // 3,
         hidden_act="silu",

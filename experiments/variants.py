@@ -9,7 +9,7 @@ import hashlib
 import torch
 from torch import nn
 
-from ouroboros import LoopCache, Ouroboros, StaticModulation, prefix_mean, svd_bases
+from ouroboros import Ouroboros, StaticModulation, prefix_mean, svd_bases
 from patch import Adapter
 from qwen import PROJECTIONS, rotary_at
 from support.fast import promote
@@ -39,7 +39,7 @@ class MeanInput(Ouroboros):
     def measure(self, ids):
         """Set the vector from training text, ids [B, T]."""
         rotary = rotary_at(self.config, 0, ids.shape[1], ids.device)
-        no_cache = LoopCache([None] * len(self.prelude), [], [])
+        no_cache = self.no_cache(self.depth)
         h = self.run_prelude(self.embed_tokens(ids), rotary, no_cache)
         self.mean_input.copy_(promote(prefix_mean(h)).mean((0, 1)))
 

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -69,6 +70,23 @@ def gpu_memory(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory
 
 
+def faster_threads(work) -> int:
+    """The number of threads with which work() takes less time on the CPU: 1, or what torch has chosen.
+
+    Where other programs use the cores, threads that wait for each other can be ten times slower than one.
+    """
+    most = torch.get_num_threads()
+    if most == 1:
+        return 1
+    seconds = {}
+    for number in (most, 1, most, 1):  # the last two count, since a first pass takes longer
+        torch.set_num_threads(number)
+        started = time.perf_counter()
+        work()
+        seconds[number] = time.perf_counter() - started
+    return min(seconds, key=seconds.get)
+
+
 # ---- Several processes -----------------------------------------------------------------------------------
 
 
@@ -77,7 +95,7 @@ def under_torchrun() -> bool:
     return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def rank() -> int:
+def process_number() -> int:
     """The number of this process among those that torchrun started; 0 without torchrun."""
     return int(os.environ["RANK"]) if under_torchrun() else 0
 
@@ -104,7 +122,7 @@ def progress(iterable=None, **details) -> tqdm:
     """
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds
     details = dict(leave=False, delay=1, unit_scale=True, mininterval=interval) | details
-    return tqdm(iterable, file=BarStream(), disable=rank() > 0, **details)
+    return tqdm(iterable, file=BarStream(), disable=process_number() > 0, **details)
 
 
 class Workers:
@@ -119,9 +137,9 @@ class Workers:
         self.device = pick_device(options.device)
         self.dtype = pick_dtype(options.dtype, self.device)  # of the frozen weights
         self.sequences = options.batch_size * options.accumulation  # of a step, all processes together
-        self.rank = rank()
+        self.number = process_number()
         self.count = 1
-        self.is_first = self.rank == 0
+        self.is_first = self.number == 0
         self.connected = under_torchrun()
         if not self.connected:
             return
@@ -142,8 +160,8 @@ class Workers:
 
     def share(self, step: int) -> tuple[int, int]:
         """The sequences of a step that this process takes: the first, and the one after the last."""
-        first = self.sequences * self.rank // self.count
-        end = self.sequences * (self.rank + 1) // self.count
+        first = self.sequences * self.number // self.count
+        end = self.sequences * (self.number + 1) // self.count
         return step * self.sequences + first, step * self.sequences + end
 
     def sum(self, parameters, loss, stop: bool):
@@ -216,7 +234,7 @@ class StopSignals:
     def _note(self, number, frame):
         if self.received and number == signal.SIGINT and not under_torchrun():
             sys.exit(128 + number)
-        if not self.received and rank() == 0:
+        if not self.received and process_number() == 0:
             with suppress(OSError):  # past the buffer of stderr, which may be in use at this very moment
                 os.write(2, b"\nstopping after this step; a second Ctrl-C ends at once, without saving it\n")
         self.received = self.received or number

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from support.files import UserError, check_number, full_name
-from support.machine import gpu_memory, multiplies_bfloat16, pick_device, rank
+from support.machine import gpu_memory, multiplies_bfloat16, pick_device, process_number
 from support.run import read_run
 
 # ---- Defaults --------------------------------------------------------------------------------------------
@@ -39,6 +39,7 @@ COMMON = dict(
     dtype="auto",
     compile="auto",
     save_every=100,
+    threads=None,  # on the CPU; a trial decides it when a run begins, and the run keeps it; no option
 )
 PATCH = dict(depth=1, modulation="none", gate=False, step_norm=False)
 
@@ -52,7 +53,7 @@ def default_model(device) -> str:
         return "tiny"
     if gpu_memory(device) >= 12e9 and multiplies_bfloat16(device):
         return PAPER_MODEL
-    if rank() == 0:
+    if process_number() == 0:
         print(f"{SMALL_MODEL} is the default here: {PAPER_MODEL} takes a GPU of 12 GB with native bfloat16")
     return SMALL_MODEL
 
@@ -70,9 +71,8 @@ def defaults_for(given: dict, device) -> dict:
     if given["patch"]:
         defaults.update(PATCH)
         defaults["lr"] *= 3
-        if (
-            given["target_offset"] != 2
-        ):  # the full model predicts the next token; it takes half of a step's time
+        # The full model predicts the next token, and takes half of the time of a step.
+        if given["target_offset"] != 2:
             defaults.update(distill=0.5, steps=defaults["steps"] // 2)
     return defaults
 

@@ -23,14 +23,14 @@ class Estimate(NamedTuple):
     error: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" if math.isnan(self.error) else f"{self.mean:.3f} ± {self.error:.3f}"
+        if math.isnan(self.error):
+            return f"{self.mean:.3f}"
+        return f"{self.mean:.3f} ± {self.error:.3f}"
 
     def percent(self) -> str:
-        return (
-            f"{self.mean:.1%}"
-            if math.isnan(self.error)
-            else f"{100 * self.mean:.1f} ± {100 * self.error:.1f}%"
-        )
+        if math.isnan(self.error):
+            return f"{self.mean:.1%}"
+        return f"{100 * self.mean:.1f} ± {100 * self.error:.1f}%"
 
 
 def estimate(values: list[float]) -> Estimate:

@@ -226,7 +226,7 @@ class Run:
         advice = ""
         for folder in checkpoints_of(self.folder):
             if 0 < int(folder.name.removeprefix("step-")) < step - 1:
-                advice = f"--resume {folder} "
+                advice = f"--resume {shlex.quote(str(folder))} "
         advice += f"--lr {self.options.lr / 3:.1g}"
         return UserError(
             f"step {step}: the loss is not finite; try {advice}, or a new run with --dtype float32"

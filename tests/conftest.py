@@ -6,16 +6,12 @@ import pytest
 import torch
 from helpers import make_pretrained
 
+from test_ouroboros import fixed_seed as fixed_seed  # every test draws the same numbers
+
 # The models here are so small that a second thread gains nothing. Where other programs keep the cores busy,
 # threads that wait for each other would make the tests twenty times slower.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that the tests start
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    """Every test draws the same numbers, whichever tests run before it."""
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -12,22 +12,13 @@ from torch import nn
 
 from ouroboros import Ouroboros
 from patch import Patched
-from qwen import Config, Qwen
+from qwen import Qwen
+from test_ouroboros import SMALL
+from test_ouroboros import tokens as tokens
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder of the programs
 
 # ---- Small models ----------------------------------------------------------------------------------------
-
-SMALL = Config(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    tie_word_embeddings=True,
-)
 
 
 def small_qwen(seed=0, config=SMALL, dtype=torch.float32) -> Qwen:
@@ -56,12 +47,6 @@ def small_model(dtype=torch.float32, randomise=True, kind=Ouroboros, qwen=None, 
 def small_patched(dtype=torch.float32, randomise=True, **settings) -> Patched:
     """The same with the seams, the opening and the adapters of patch.py."""
     return small_model(dtype, randomise, kind=Patched, **settings)
-
-
-def tokens(B=2, T=12, seed=1, vocabulary=97):
-    """Random token ids [B, T]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, vocabulary, (B, T), generator=generator)
 
 
 def relative(a, b) -> float:

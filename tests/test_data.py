@@ -130,23 +130,6 @@ def test_python_source_is_held_out_by_a_hash_of_its_path_and_tests_are_left_out(
 # ---- FineWeb-Edu -----------------------------------------------------------------------------------------
 
 
-def test_the_gpt2_tokens_of_a_shard_become_the_text_that_they_were(tmp_path, monkeypatch):
-    content = json.loads(TOKENIZER.to_str())  # a tokenizer whose end-of-text token has GPT-2's number
-    content["model"]["vocab"]["<|endoftext|>"] = data.GPT2_END_OF_TEXT
-    content["added_tokens"][0]["id"] = data.GPT2_END_OF_TEXT
-    write(tmp_path / "tokenizer.json", json.dumps(content).encode())
-    texts = [f"été {n} 日本\n" * 20 for n in range(9)]
-    for name in ("finewebedu_train_000001.bin", "finewebedu_val_000000.bin"):
-        ids = []
-        for text in [name, *texts]:
-            ids += [data.GPT2_END_OF_TEXT, *TOKENIZER.encode(text).ids]
-        write_shard(tmp_path / name, ids)
-    monkeypatch.setattr(data, "GPT2", tmp_path)
-    monkeypatch.setattr(data, "fetch", lambda repo, names, kind: tmp_path)  # in the place of the Hub
-    assert documents_of("fineweb-edu", "held-out") == ["finewebedu_val_000000.bin", *texts]
-    assert next(open_text("fineweb-edu").chunks("train"))[1] == "finewebedu_train_000001.bin"
-
-
 @pytest.mark.parametrize("kept", [slice(-2), slice(1000), slice(0), slice(4, None)], ids=str)
 def test_a_damaged_token_shard_is_one_line_that_names_it(kept, tmp_path):
     path = write_shard(tmp_path / "shard.bin", list(range(3000)))

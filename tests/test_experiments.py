@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import TOKENIZER
 
-from experiments import benchmark, gpu_check, make_tiny, runs, study, variants
+from experiments import benchmark, runs, study, variants
 from experiments.study import Row
 from ouroboros import Ouroboros
 from qwen import Qwen, load_tokenizer
@@ -143,30 +143,6 @@ def test_a_blind_controller_sees_no_text(kind, pretrained):
     assert torch.equal(first, second) and first.abs().sum() > 0
 
 
-def test_the_fast_table_moves_thirty_times_as_far(pretrained):
-    moved = []
-    for kind in (Ouroboros, variants.Static30):
-        torch.manual_seed(0)
-        model = take_step(kind(Qwen.from_pretrained(pretrained), rank=4, depth=2, modulation="static"))
-        moved.append(model.controller(0)["v_proj"].detach())
-    assert torch.allclose(moved[1], 30 * moved[0], rtol=1e-4)
-
-
-def test_random_bases_have_the_true_singular_values(pretrained):
-    random = new_variant(variants.RandomBases, pretrained).lora["up_proj"]
-    true = new_variant(Ouroboros, pretrained).lora["up_proj"]
-    assert torch.allclose(random.B.norm(dim=0), true.B.norm(dim=0), rtol=1e-4)
-    assert torch.allclose(random.A @ random.A.T, torch.eye(4), atol=1e-5)
-    assert not torch.allclose(random.A, true.A, atol=0.1)
-
-
-def test_the_untrained_adapted_model_is_the_full_model(pretrained):
-    full = Qwen.from_pretrained(pretrained)
-    model = variants.AdaptedFull(full, rank=4, depth=1, **NOTHING)
-    assert torch.equal(model(IDS), full(IDS))
-    assert torch.equal(model.cut(IDS), Ouroboros(full, rank=4).cut(IDS))
-
-
 # ---- benchmark.py ----------------------------------------------------------------------------------------
 
 
@@ -193,18 +169,6 @@ def test_log_probabilities_are_those_of_the_logits(harness, pretrained):
     model.norm.weight.data[0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         lm.log_probabilities(pairs)
-
-
-def test_a_text_ends_at_a_stop_string_even_if_that_is_a_special_token(harness, pretrained, monkeypatch):
-    qwen = Qwen.from_pretrained(pretrained)
-    words = TOKENIZER.encode("use the copy of it").ids
-    tokens = [torch.tensor([[token]]) for token in (*words[:3], 0, *words[3:])]  # 0 is <|endoftext|>
-    monkeypatch.setattr(qwen, "new_tokens", lambda *_: iter(tokens))
-    lm = harness.HarnessModel(qwen, TOKENIZER)
-    whole = TOKENIZER.decode(words)
-    assert lm.continuation("a", ["<|endoftext|>"], 9, 0.0) == TOKENIZER.decode(words[:3])
-    assert lm.continuation("a", [" of"], 9, 0.0) == whole.partition(" of")[0]
-    assert lm.continuation("a", [], 9, 0.0) == whole
 
 
 def test_the_benchmark_compares_three_models_on_a_local_task(harness, pretrained, tmp_path, capsys):
@@ -245,43 +209,3 @@ def test_a_pool_that_sees_the_answers_and_a_missing_harness_are_refused(pretrain
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install lm-eval"):
         benchmark.main(arguments)
-
-
-# ---- gpu_check.py and make_tiny.py -----------------------------------------------------------------------
-
-
-def test_gpu_check_runs_a_row_and_says_which_need_a_gpu(tmp_path):
-    rows = gpu_check.rows_of(torch.device("cpu"), small=True)
-    assert sum(row == "needs a CUDA GPU" for row in rows.values()) == 8
-    out = ["--device", "cpu", "--small", "--out", str(tmp_path)]
-    assert gpu_check.main([*out, "--row", "step of tiny"]) == 0
-    lines = json.loads((tmp_path / "row.json").read_text())
-    assert lines and all(holds for _, _, holds in lines)
-    with pytest.raises(UserError, match="such-a-row"):
-        gpu_check.main([*out, "--rows", "such-a-row"])
-
-
-def test_gpu_check_names_a_row_that_fails_and_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check.sys, "executable", "false")  # a program that fails at once
-    rows = ["torchrun", "waiting for the GPU"]
-    arguments = ["--device", "cpu", "--small", "--out", str(tmp_path), "--rows", *rows]
-    assert gpu_check.main(arguments) == 1
-    verdicts = [verdict for _, _, verdict in json.loads((tmp_path / "table.json").read_text())["lines"]]
-    assert verdicts == ["FAILED", "not run"]
-    assert "failed: torchrun" in capsys.readouterr().out
-
-
-def test_the_released_recipe_computes_the_same():
-    pytest.importorskip("transformers")
-    model, full = gpu_check.looped_model(Ouroboros, torch.float32, "cpu")
-    recipe = gpu_check.Recipe(model, full)
-    losses = [each.loss(IDS, IDS.roll(-1, 1)) for each in (model, recipe)]
-    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
-
-
-def test_make_tiny_writes_a_model_of_the_hub(tmp_path, monkeypatch):
-    text = "def f(x):\n    return x + 1\n\nclass C:\n    pass\n" * 200
-    monkeypatch.setattr(make_tiny.AllPython, "chunks", lambda self, split: iter([[text] * 3]))
-    make_tiny.main(["--tokens", "8192", "--layers", "1", "--width", "96", "--out", str(tmp_path)])
-    assert load_tokenizer(tmp_path).decode(load_tokenizer(tmp_path).encode("def f(x):").ids) == "def f(x):"
-    assert Qwen.from_pretrained(tmp_path)(IDS % 200).isfinite().all()

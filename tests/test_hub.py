@@ -59,31 +59,25 @@ class Answer(BaseHTTPRequestHandler):
         self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def send_file(self, name: str, content: bytes):
-        first = int(re.findall(r"\d+", self.headers.get("Range", "0"))[0])
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{name}-{len(content)}"'}
-        headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        end = None
         if self.command == "GET":
             self.server.sent.append(name)
-            end = self.server.drops.pop(name, None)
-        self.answer(206 if first else 200, content[first:], headers, end)
+        self.answer(200, content, headers)
 
-    def answer(self, code: int, content: bytes, headers: dict, end=None):
-        """Send the content. end: after how many bytes the server hangs up."""
+    def answer(self, code: int, content: bytes, headers: dict):
         self.send_response(code)
         for key, value in {**headers, "Content-Length": len(content)}.items():
             self.send_header(key, str(value))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[:end])
-        self.close_connection = end is not None
+            self.wfile.write(content)
 
 
 @pytest.fixture
 def hub(pretrained, tmp_path, monkeypatch):
     """A Hub with a sharded model, GPT-2's tokenizer and FineWeb-Edu's token shards, all small.
 
-    hub.sent: the files whose content was asked for. hub.drops: {file: after how many bytes it hangs up}.
+    hub.sent: the files whose content was asked for.
     """
     folder = tmp_path / "hub"
     model = shard(Path(shutil.copytree(pretrained, folder / "someone" / "model")))
@@ -99,7 +93,7 @@ def hub(pretrained, tmp_path, monkeypatch):
         write_shard(folder / FINEWEB / f"finewebedu_{name}.bin", sum(documents, []))
 
     hub = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    hub.folder, hub.sent, hub.drops = folder, [], {}
+    hub.folder, hub.sent = folder, []
     place = f"http://127.0.0.1:{hub.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", place)
     template = place + "/{repo_id}/resolve/{revision}/{filename}"
@@ -128,19 +122,6 @@ def test_a_sharded_model_is_fetched_once_and_found_offline(hub, pretrained, trai
     assert_same_end(online, trained("without a network", "--model", "someone/model"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert_same_end(online, trained("offline", "--model", "someone/model"))
-
-
-def test_a_wrong_rank_is_told_before_any_weights_are_fetched(hub, pretrained, capsys):
-    line = refusal(capsys, train.main, *command(pretrained, "--model", "someone/model", "--rank", 999))
-    assert "rank 999" in line
-    assert "config.json" in hub.sent and not set(SHARDS).intersection(hub.sent)
-
-
-def test_a_connection_that_drops_in_the_middle_of_a_file_is_tried_again(hub, pretrained):
-    hub.drops[SHARDS[0]] = 5000
-    model = Qwen.from_pretrained("someone/model")
-    assert hub.sent.count(SHARDS[0]) == 2
-    assert model.fingerprint() == Qwen.from_pretrained(pretrained).fingerprint()
 
 
 def test_what_the_hub_does_not_have_and_a_hub_out_of_reach_are_one_line(hub, pretrained, capsys, monkeypatch):

@@ -3,21 +3,22 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import SMALL, small_model, small_qwen
 
 import look
 from ouroboros import LoopCache, Ouroboros
 from patch import Patched
-from qwen import Config, Qwen, load_tokenizer, rotary_at
+from qwen import Qwen, load_tokenizer, rotary_at
 from support.files import UserError
 
 TOKENIZER = load_tokenizer("tiny")
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4)
-CONFIG = Config(vocab_size=4096, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, **SIZES)
+CONFIG = replace(SMALL, vocab_size=4096)
 PROMPT = "def forward(self, x):"
 IDS = torch.tensor([TOKENIZER.encode(PROMPT).ids])  # [1, T]
 T = IDS.shape[1]
@@ -30,21 +31,15 @@ KINDS = {
 }
 
 
-def small_model(kind="paper"):
-    """A random model with random changes of all that is trained."""
-    torch.manual_seed(0)
-    qwen = Qwen(CONFIG)
-    qwen.embed_tokens.weight.data *= 0.2  # so that no token is certain
-    model_class, settings = KINDS[kind]
-    model = model_class(qwen, depth=2, rank=4, **settings)
-    for p in model.trained_parameters().values():
-        p.data += 0.1 * torch.randn_like(p)
-    return model
-
-
 def assert_close(values, expected):
     """The values are rounded to four digits."""
     torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-3, atol=1e-8)
+
+
+def looped_model(kind=Ouroboros, **settings):
+    qwen = small_qwen(config=CONFIG)
+    qwen.embed_tokens.weight *= 0.2  # so that no token is certain
+    return small_model(kind=kind, qwen=qwen, **{"depth": 2, **settings})
 
 
 # ---- The values ------------------------------------------------------------------------------------------
@@ -53,7 +48,8 @@ def assert_close(values, expected):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_step_predicts_what_the_model_predicts_whose_loop_ends_there(kind):
-    model = small_model(kind)
+    model_class, settings = KINDS[kind]
+    model = looped_model(model_class, **settings)
     values, _ = look.look_inside(model, TOKENIZER, PROMPT, depth=3)  # one more than the model's own
     assert len(values["steps"]) == 3
     for t, step in enumerate(values["steps"]):
@@ -68,10 +64,11 @@ def test_a_step_predicts_what_the_model_predicts_whose_loop_ends_there(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_opening_movement_diagonals_and_updates_are_those_of_the_equations(kind):
-    model = small_model(kind)
+    model_class, settings = KINDS[kind]
+    model = looped_model(model_class, **settings)
     values, diagonals = look.look_inside(model, TOKENIZER, PROMPT)
     rotary = rotary_at(CONFIG, 0, T, "cpu")
-    h = model.run_prelude(model.embed_tokens(IDS), rotary, LoopCache([None], [], []))
+    h = model.run_prelude(model.embed_tokens(IDS), rotary, LoopCache([None, None], [], []))
     inputs = {}  # of the projections, [1, T, in] each
     for k, projection in model.recurrent.projections().items():
         projection.register_forward_pre_hook(lambda _, arguments, k=k: inputs.update({k: arguments[0]}))
@@ -100,19 +97,6 @@ def test_opening_movement_diagonals_and_updates_are_those_of_the_equations(kind)
                 M = torch.diag(diagonals[n, t, i])
                 update = 16 / 4 * model.lora[k].B @ M @ model.lora[k].A @ x  # alpha / r
                 assert_close(step["updates"][n][i], update.norm() / (W @ x + b).norm())
-
-
-def test_of_a_long_prompt_the_last_tokens_have_the_same_values(monkeypatch):
-    model = small_model()
-    whole, _ = look.look_inside(model, TOKENIZER, PROMPT)
-    monkeypatch.setattr(look, "SHOWN_TOKENS", 3)
-    end, diagonals = look.look_inside(model, TOKENIZER, PROMPT)
-    assert end["tokens"] == whole["tokens"][-3:]
-    assert end["left_out"] == len(whole["tokens"]) - 3
-    assert diagonals.shape == (3, 2, 7, 4)
-    for key in ("p", "opening", "movement", "sizes", "updates"):
-        assert_close(end["steps"][1][key], torch.tensor(whole["steps"][1][key][-3:]))
-    assert end["steps"][1]["next_p"][:2] == pytest.approx(whole["steps"][1]["next_p"][-3:-1], rel=1e-3)
 
 
 def test_differences_are_those_of_all_pairs():
@@ -178,11 +162,6 @@ def test_the_command_prints_aligned_tables_and_writes_the_page(run, capsys):
     assert len(data["comparison"]["ratio"]) == 3
 
 
-def test_the_page_of_a_checkpoint_lies_in_the_folder_of_its_run(run):
-    assert look.default_page(str(run)) == look.default_page(f"{run}/step-0000001") == run / "look.html"
-    assert look.default_page("owner/name") == Path("look.html")  # of a run on the Hub
-
-
 def test_no_text_can_leave_its_place_in_the_page_and_the_page_asks_nobody(tmp_path):
     page = tmp_path / "look.html"
     hostile = "</script><script>alert(1)</script><!--<script>"
@@ -202,7 +181,7 @@ def test_what_a_person_can_mend_is_a_user_error(run, tmp_path):
         look.main([str(run), *["--prompt", "a"] * 3])
     with pytest.raises(UserError, match="is a folder"):
         look.main([str(run), "--prompt", "a", "--page", str(tmp_path)])
-    model = small_model()
+    model = looped_model()
     model.step_norm.weight.data[1] = torch.nan
     with pytest.raises(UserError, match="step 2 of the loop is not finite"):
         look.look_inside(model, TOKENIZER, PROMPT)

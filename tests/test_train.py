@@ -128,16 +128,18 @@ COLUMNS = {  # tiny, another model on a CPU, CUDA: as docs/using.md has them
     "data": ("python", "python", "fineweb-edu"),
     "model": ("tiny", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B"),
 }
-EVERYWHERE = dict(depth=8, rank=32, modulation="controller", pool="prefix", gate=True, step_norm=True)
+EVERYWHERE = dict(
+    threads=None, depth=8, rank=32, modulation="controller", pool="prefix", gate=True, step_norm=True
+)
 EVERYWHERE |= dict(target_offset=1, cut=None, patch=False, distill=0.0, seed=0, seam_tokens=12_288)
 EVERYWHERE |= dict(device="auto", dtype="bfloat16", compile="auto", save_every=100, out=None, resume=None)
 
 
-def pretend(patch: pytest.MonkeyPatch, device: str, memory=80e9, bfloat16=True):
+def pretend(patch: pytest.MonkeyPatch, device: str):
     """Let this machine look like one with this device."""
     patch.setattr("support.options.pick_device", lambda name: torch.device(device))
-    patch.setattr("support.options.gpu_memory", lambda device: memory)
-    patch.setattr("support.options.multiplies_bfloat16", lambda device: bfloat16)
+    patch.setattr("support.options.gpu_memory", lambda device: 80e9)
+    patch.setattr("support.options.multiplies_bfloat16", lambda device: True)
 
 
 @pytest.mark.parametrize("column", [0, 1, 2])
@@ -171,12 +173,6 @@ def test_what_is_given_beats_every_default_also_what_has_no_option():
     given = dict(depth=3, modulation="static", distill=0.0, lr=1.0, steps=7, warmup=3, cut=[1, 5, 2])
     assert given.items() <= vars(options).items()
     assert parse_options(["--patch", "--target-offset", "2"])[0].distill == 0
-
-
-def test_the_default_model_is_one_that_the_gpu_can_train(monkeypatch):
-    for memory, bfloat16, model in ((8e9, True, "0.5B"), (16e9, False, "0.5B"), (16e9, True, "3B")):
-        pretend(monkeypatch, "cuda", memory, bfloat16)
-        assert parse_options([])[0].model == f"Qwen/Qwen2.5-{model}"
 
 
 OUT_OF_RANGE = """depth 0, depth 65, depth 1.5, rank 0, cut 1 2, cut 1 1 5, modulation dynamic, pool all,
@@ -355,17 +351,10 @@ def sgd(model, options):
     return torch.optim.SGD(list(model.trained_parameters().values()), lr=options.lr, momentum=0.9)
 
 
-def matrices_last(model, options):
-    """AdamW over all parameters in two groups, so that they are in another order than in the model."""
-    groups = [[p for p in model.parameters() if (p.ndim == 2) == matrix] for matrix in (False, True)]
-    return torch.optim.AdamW([{"params": group} for group in groups], lr=options.lr)
-
-
-@pytest.mark.parametrize("make_optimizer, state", [(sgd, "momentum_buffer"), (matrices_last, "exp_avg")])
-def test_another_optimizer_is_saved_and_resumed_bit_for_bit(make_optimizer, state, trained, monkeypatch):
-    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+def test_another_optimizer_is_saved_and_resumed_bit_for_bit(trained, monkeypatch):
+    monkeypatch.setattr(train, "make_optimizer", sgd)
     run = trained("run", "--save-every", 2)
-    assert f"{state}/gate.linear.weight" in read_checkpoint(run / "step-0000004")[0]
+    assert "momentum_buffer/gate.linear.weight" in read_checkpoint(run / "step-0000004")[0]
     assert_resumes_bit_for_bit(run)
 
 
