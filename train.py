@@ -56,9 +56,9 @@ def main(argv=None, new_model=None, **values) -> int:
 
         # ---- Model
         full = Qwen.from_pretrained(options.model, workers.dtype, device)
-        if options.threads is None:
-            options.threads = faster_threads(partial(evaluation.held_out_loss, full, sequences=1))
-        torch.set_num_threads(options.threads)
+        if device.type == "cpu":
+            options.threads = options.threads or faster_threads(partial(evaluation.held_out_loss, full, 1))
+            torch.set_num_threads(options.threads)
         model = new_model(full, options)
         if checkpoint is None:
             fit_to_text(model, full, training, options)
