@@ -98,16 +98,18 @@ class Batches:
 
     A sequence is `length` inputs and the `length` tokens that lie `offset` further on; offset 1 is the next
     token. Targets are shifted here and nowhere else. The training order goes chunk after chunk, each shuffled
-    by (seed, epoch, chunk), and then from the beginning again.
+    by (seed, epoch, chunk), and then from the beginning again. repeats: the share of the sequences that
+    repeat a passage (with_repeat).
 
     Raises UserError if the text is too short for one sequence.
     """
 
-    def __init__(self, tokens: Tokens, length: int, offset=1, seed=EVALUATION_SEED):
+    def __init__(self, tokens: Tokens, length: int, offset=1, seed=EVALUATION_SEED, repeats=0.0):
         self.tokens = tokens
         self.length = length
         self.offset = offset
         self.seed = seed
+        self.repeats = repeats
         if self.sequences_in(0) == 0:
             available = len(tokens.chunk(0))
             raise UserError(
@@ -144,20 +146,34 @@ class Batches:
         return epoch, i, n
 
     def batch(self, first: int, size: int, device="cpu"):
-        """Sequences first .. first+size-1 of the training order: (inputs, targets), [size, length] each."""
+        """Sequences first .. first+size-1 of the training order: (inputs, targets), [size, length] each.
+
+        A target that nothing could predict is -100, which no loss counts.
+        """
         windows = []
+        unpredictable = []  # how many tokens of each window are
         for n in range(first, first + size):
             epoch, i, place = self.place_of(n)
             order = shuffled(self.seed, epoch, i, self.sequences_in(i))
             start = int(order[place]) * self.length
-            windows.append(self.tokens.chunk(i)[start : start + self.length + self.offset])
-        ids = torch.from_numpy(np.stack(windows).astype(np.int64))
+            window = self.tokens.chunk(i)[start : start + self.length + self.offset]
+            random_tokens = 0
+            generator = np.random.default_rng((self.seed, n))
+            if generator.random() < self.repeats:
+                vocab_size = self.tokens.tokenizer.get_vocab_size()
+                window, random_tokens = with_repeat(window, vocab_size, generator)
+            windows.append(window)
+            unpredictable.append(random_tokens)
 
-        if torch.device(device).type == "cuda":
-            ids = ids.pin_memory().to(device, non_blocking=True)  # the program need not wait for the copy
-        else:
-            ids = ids.to(device)
-        return ids[:, : self.length], ids[:, self.offset :]
+        ids = torch.from_numpy(np.stack(windows).astype(np.int64))
+        inputs = ids[:, : self.length]
+        targets = ids[:, self.offset :].clone()
+        for row, count in zip(targets, unpredictable):
+            row[: max(0, count - self.offset)] = -100
+        if torch.device(device).type == "cuda":  # the program need not wait for the copy
+            inputs = inputs.pin_memory()
+            targets = targets.pin_memory()
+        return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
     def batches(self, first: int, end: int, size: int, device="cpu"):
         """Sequences first .. end-1 of the training order, at most `size` in each batch."""
@@ -169,6 +185,22 @@ class Batches:
 def shuffled(seed: int, epoch: int, chunk: int, size: int) -> np.ndarray:
     """The order of a chunk's sequences in an epoch."""
     return np.random.default_rng((seed, epoch, chunk)).permutation(size)
+
+
+def with_repeat(window: np.ndarray, vocab_size: int, generator) -> tuple[np.ndarray, int]:
+    """(a sequence of the window's length that repeats a passage, how many of its tokens are unpredictable).
+
+    The passage has 12 to 128 tokens, and at most half of the window. Four times of five it is the beginning
+    of the window, which is read twice before the text goes on. Otherwise its tokens are random, and it is
+    read again and again: it can only be continued by copying. A cut model loses this ability and does not
+    relearn it from ordinary text.
+    """
+    longest = min(128, len(window) // 2)
+    size = generator.integers(max(1, longest // 10), longest + 1)
+    if generator.random() < 0.8:
+        return np.concatenate([window[:size], window])[: len(window)], 0
+    passage = generator.integers(vocab_size, size=size).astype(window.dtype)
+    return np.resize(passage, len(window)), size
 
 
 # ---- A person's own text ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import math
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data import Batches, Tokens, open_text
@@ -39,18 +40,84 @@ def evaluate(model, batches: Batches, sequences: int, **loop) -> list[float]:
     return losses
 
 
+# ---- What the loss does not show: copying, and choosing among four -----------------------------------------
+
+PASSAGE = 64  # tokens
+ANSWER = 32  # tokens of a continuation among which a model chooses
+NAMES = ("Anna", "David", "Maria", "Peter")
+
+
+@torch.no_grad()
+def copied(model, passages, **loop) -> list[float]:
+    """The share of each passage's tokens that a model finds likeliest when it reads the passage again.
+
+    passages [N, P]. The first token of the second reading does not count, since nothing announces it.
+    """
+    P = passages.shape[1]
+    shares = []
+    with eager():
+        for passage in progress(passages.split(1), desc="copying", unit=" passages"):
+            ids = torch.cat([passage, passage], dim=1).to(model.norm.weight.device)  # [1, 2P]
+            likeliest = model(ids, **loop)[:, P:-1].argmax(-1)  # for tokens 1 .. P-1 of the passage
+            shares.append((likeliest == ids[:, P + 1 :]).float().mean().item())
+    return shares
+
+
+@torch.no_grad()
+def chosen(model, questions, **loop) -> list[float]:
+    """1.0 for each question whose first answer is the likeliest of its answers, else 0.0.
+
+    A question is (prompt, answers), in tokens.
+    """
+    right = []
+    with eager():
+        for prompt, answers in progress(questions, desc="choosing", unit=" questions"):
+            losses = []
+            for answer in answers:
+                ids = torch.tensor([prompt + answer], device=model.norm.weight.device)  # [1, T]
+                targets = ids[:, 1:].clone()
+                targets[:, : len(prompt) - 1] = -100
+                losses.append(model.loss(ids[:, :-1], targets, **loop).item() * len(answer))
+            right.append(float(losses[0] == min(losses)))
+    return right
+
+
+def continuation_questions(starts: list[list[int]]):
+    """The first PASSAGE tokens of a sequence; the tokens that follow, and those of three other sequences."""
+    questions = []
+    for n in range(len(starts)):
+        answers = [starts[(n + i) % len(starts)][PASSAGE:] for i in range(4)]
+        questions.append((starts[n][:PASSAGE], answers))
+    return questions
+
+
+def needle_questions(starts: list[list[int]], tokenizer):
+    """A number for each of four names, PASSAGE tokens of text, a name; its number, and the other three."""
+    random = np.random.default_rng(0)
+    questions = []
+    for start in starts:
+        numbers = dict(zip(random.permutation(NAMES), random.integers(1000, 10_000, size=4)))
+        facts = "".join(f"The number of {name} is {number}. " for name, number in numbers.items())
+        prompt = tokenizer.encode(facts).ids + start[:PASSAGE]
+        prompt += tokenizer.encode(f"\nThe number of {NAMES[0]} is").ids
+        answers = [tokenizer.encode(f" {numbers[name]}").ids for name in NAMES]
+        questions.append((prompt, answers))
+    return questions
+
+
 class Evaluation:
     """What all models of a run are measured by: the columns of its table, and a text that they continue.
 
-    columns: {name: Batches}. sequences: how many of each column are read. Those of a run have a column
-    "held-out", which held_out_loss and continue_text read.
+    columns: {name: Batches}, on which losses are measured. held_out: the Batches for all else. sequences: how
+    many are read.
     """
 
     PROMPT_TOKENS = 48
     NEW_TOKENS = 48
 
-    def __init__(self, columns: dict[str, Batches], sequences: int):
+    def __init__(self, columns: dict[str, Batches], held_out: Batches, sequences: int):
         self.columns = columns
+        self.held_out = held_out
         self.sequences = sequences
 
     @classmethod
@@ -63,24 +130,47 @@ class Evaluation:
         if options.target_offset == 2:  # the published task, beside the one that counts
             columns["train, t+2"] = Batches(training, options.seq_len, offset=2)
             columns["held-out, t+2"] = Batches(held_out, options.seq_len, offset=2)
-        return cls(columns, options.eval_sequences)
+        return cls(columns, columns["held-out"], options.eval_sequences)
 
     def held_out_loss(self, model, sequences: int | None = None) -> float:
         """The mean loss on held-out text, in nats per token."""
-        losses = evaluate(model, self.columns["held-out"], sequences or self.sequences)
+        losses = evaluate(model, self.held_out, sequences or self.sequences)
         return sum(losses) / len(losses)
 
-    def losses(self, model, **loop) -> dict[str, list[float]]:
-        """{column: losses of the sequences}. Raises UserError if a loss is not finite."""
-        losses = {}
+    def results(self, model, **loop) -> dict[str, list[float]]:
+        """{column: the losses of its sequences}, and {"copies ...": the shares of copied tokens}.
+
+        Raises UserError if a loss is not finite.
+        """
+        results = {}
         for name, batches in self.columns.items():
-            losses[name] = evaluate(model, batches, self.sequences, **loop)
-            if not all(map(math.isfinite, losses[name])):
+            results[name] = evaluate(model, batches, self.sequences, **loop)
+            if not all(map(math.isfinite, results[name])):
                 raise UserError(
                     f"a loss of the {type(model).__name__} on the {batches.tokens.name} is not finite; give "
                     "a smaller --depth or an earlier checkpoint, RUN/step-N, or train with --dtype float32"
                 )
-        return losses
+        passages = self._starts()[:, :PASSAGE]
+        results["copies text"] = copied(model, passages, **loop)
+        vocab_size = self.held_out.tokens.tokenizer.get_vocab_size()
+        generator = torch.Generator().manual_seed(0)
+        random_tokens = torch.randint(vocab_size, passages.shape, generator=generator)
+        results["copies random"] = copied(model, random_tokens, **loop)
+        return results
+
+    def choices(self, model, **loop) -> dict[str, list[float]]:
+        """{"chooses ...": 1.0 or 0.0 for each question}: four answers, of which one is right."""
+        starts = self._starts().tolist()
+        needles = needle_questions(starts, self.held_out.tokens.tokenizer)
+        return {
+            "chooses text": chosen(model, continuation_questions(starts), **loop),
+            "chooses number": chosen(model, needles, **loop),
+        }
+
+    def _starts(self):
+        """The first PASSAGE + ANSWER tokens, or fewer, of the held-out sequences. [N, T]"""
+        ids, _ = self.held_out.batch(0, self.held_out.at_most(self.sequences))
+        return ids[:, : PASSAGE + ANSWER]
 
     def continue_text(self, model) -> str:
         """How a model continues the prompt, with the same random numbers for every model."""
@@ -95,11 +185,11 @@ class Evaluation:
         return self._text_of(self._prompt_ids()[0])
 
     def _prompt_ids(self):
-        ids, _ = self.columns["held-out"].batch(0, 1)
+        ids, _ = self.held_out.batch(0, 1)
         return ids[:, : self.PROMPT_TOKENS]
 
     def _text_of(self, ids) -> str:
-        tokenizer = self.columns["held-out"].tokens.tokenizer
+        tokenizer = self.held_out.tokens.tokenizer
         return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
@@ -181,13 +271,14 @@ def main(argv=None):
         evaluation = Evaluation.of_run(training, Tokens(text, "held-out", tokenizer), options)
     else:
         batches = Batches(Tokens(text, "all", tokenizer), options.seq_len)
-        evaluation = Evaluation({Path(arguments.data).name: batches}, options.eval_sequences)
+        evaluation = Evaluation({Path(arguments.data).name: batches}, batches, options.eval_sequences)
     if arguments.sequences is not None:
         evaluation.sequences = arguments.sequences
+    loop = {"depth": arguments.depth}
     results = {
-        "full": evaluation.losses(full),
-        "cut": evaluation.losses(cut),
-        "ouroboros": evaluation.losses(model, depth=arguments.depth),
+        "full": evaluation.results(full) | evaluation.choices(full),
+        "cut": evaluation.results(cut) | evaluation.choices(cut),
+        "ouroboros": evaluation.results(model, **loop) | evaluation.choices(model, **loop),
     }
     print_table(table_rows(results, labels_of(model, arguments.depth)))
 

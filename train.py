@@ -50,7 +50,9 @@ def main(argv=None, new_model=None, **values) -> int:
         training_text = Tokens(text, "train", tokenizer)
         held_out_text = Tokens(text, "held-out", tokenizer)
         run.check_text(training_text.hash())
-        training = Batches(training_text, options.seq_len, options.target_offset, options.seed)
+        training = Batches(
+            training_text, options.seq_len, options.target_offset, options.seed, options.repeats
+        )
         evaluation = Evaluation.of_run(training_text, held_out_text, options)
         run.say(text_table(evaluation.columns))
 
@@ -64,7 +66,7 @@ def main(argv=None, new_model=None, **values) -> int:
             fit_to_text(model, full, training, options)
         run.say(parameter_table(model))
         cut = model.cut
-        results = {"full": evaluation.losses(full), "cut": evaluation.losses(cut)}
+        results = {"full": evaluation.results(full), "cut": evaluation.results(cut)}
         texts = {"full": evaluation.continue_text(full), "cut": evaluation.continue_text(cut)}
 
         optimizer = make_optimizer(model, options)
@@ -125,7 +127,7 @@ def main(argv=None, new_model=None, **values) -> int:
         run.end()
 
         # ---- Results
-        results["ouroboros"] = evaluation.losses(model)
+        results["ouroboros"] = evaluation.results(model)
         texts["ouroboros"] = evaluation.continue_text(model)
         report.report(run, results, labels_of(model), evaluation.prompt(), texts)
         return 0

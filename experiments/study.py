@@ -84,6 +84,7 @@ ROWS = [
     # Past the paper. "3 6 3" is the cut that the paper makes of the 12 layers of tiny.
     Row("patch", "--patch", "depth8"),
     Row("patch-closed-form", "--patch --steps 0", "patch"),
+    Row("patch-no-repeats", "--patch", "patch", values={"repeats": 0.0}),
     Row("patch-paper-cut", "--patch --cut 3 6 3", "patch"),
     Row("patch-no-closed-form", "--patch", "patch", values={"seam_tokens": 0}),
     Row("patch-text-alone", "--patch --distill 0", "patch"),
@@ -170,11 +171,15 @@ def variant(kind: type[Ouroboros], qwen, options) -> Ouroboros:
 
 # ---- The table -------------------------------------------------------------------------------------------
 
-HEAD = ["row", "seeds", "held-out loss", "token t+2", "share of the gap", "difference", "to"]
+HEAD = [
+    *("row", "seeds", "held-out loss", "copies text", "copies random tokens"),
+    *("token t+2", "share of the gap", "difference", "to"),
+]
 LEGEND = """\
-Held-out losses are in nats per token; lower is better. The error is that over the sequences, and the number
-in brackets is the standard deviation over the seeds. The gap is that between the full model and the layers
-that the paper keeps. A difference is paired: sequence by sequence and seed by seed.
+Held-out losses are in nats per token; lower is better. Copying is the share of the tokens of a passage that a
+model predicts when it reads the passage again. The error is that over the sequences, and the number in
+brackets is the standard deviation over the seeds. The gap is that between the full model and the layers that
+the paper keeps. A difference is paired: sequence by sequence and seed by seed.
 """
 
 
@@ -211,8 +216,10 @@ def table(names: list[str], results: dict[str, dict]) -> list[list[str]]:
             reference = column(results[row.reference], "held-out")
             difference = summary(paired_differences(losses, reference))
         seeds = str(len(losses)) if losses else "no numbers"
-        ahead = summary(column(results[row.name], "held-out, t+2"))
-        cells.append([row.name, seeds, summary(losses), ahead, share, difference, row.reference or ""])
+        others = []
+        for name in ("copies text", "copies random", "held-out, t+2"):
+            others.append(summary(column(results[row.name], name)))
+        cells.append([row.name, seeds, summary(losses), *others, share, difference, row.reference or ""])
     return cells
 
 

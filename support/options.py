@@ -34,6 +34,7 @@ COMMON = dict(
     patch=False,
     distill=0.0,
     seam_tokens=12_288,  # on which --patch fits its seams; no option
+    repeats=0.0,  # the share of the training sequences that repeat a passage; no option
     seed=0,
     device="auto",
     dtype="auto",
@@ -41,7 +42,7 @@ COMMON = dict(
     save_every=100,
     threads=None,  # on the CPU; a trial decides it when a run begins, and the run keeps it; no option
 )
-PATCH = dict(depth=1, modulation="none", gate=False, step_norm=False)
+PATCH = dict(depth=1, modulation="none", gate=False, step_norm=False, repeats=0.5)
 
 PAPER_MODEL = "Qwen/Qwen2.5-3B"
 SMALL_MODEL = "Qwen/Qwen2.5-0.5B"
@@ -259,7 +260,7 @@ def saved_options(given: dict, checkpoint) -> dict:
             raise UserError(
                 f"--{option} cannot change: {given['resume']} began with {saved.get(name)}; leave it out"
             )
-    return dict(saved)
+    return {**COMMON, **saved}  # a run of an earlier version lacks what came later
 
 
 def check_together(options: dict, checkpoint):

@@ -62,19 +62,28 @@ def gap_recovered(full: list[float], cut: list[float], looped: list[float]) -> E
 # ---- The table -------------------------------------------------------------------------------------------
 
 
+ACCURACIES = ("copies", "chooses")  # how the names of columns begin that hold shares, not losses
+
+
 def table_rows(results: dict, labels: dict) -> list[list[str]]:
     """The rows of the results table, with a head row.
 
-    results: {model: {column: the loss of each sequence}} for "full", "cut" and "ouroboros". labels: {model:
+    results: {model: {column: a number for each sequence}} for "full", "cut" and "ouroboros". labels: {model:
     its name in the table}.
     """
     columns = list(results["full"])
     rows = [["", *columns]]
     for model, label in labels.items():
-        rows.append([label, *(str(estimate(results[model][column])) for column in columns)])
+        cells = []
+        for column in columns:
+            value = estimate(results[model][column])
+            cells.append(value.percent() if column.startswith(ACCURACIES) else str(value))
+        rows.append([label, *cells])
     shares = []
     for column in columns:
-        share = gap_recovered(*(results[model][column] for model in ("full", "cut", "ouroboros")))
+        sign = -1 if column.startswith(ACCURACIES) else 1  # as of a loss, less is better
+        losses = [[sign * x for x in results[model][column]] for model in ("full", "cut", "ouroboros")]
+        share = gap_recovered(*losses)
         shares.append("no gap" if share is None else share.percent())
     rows.append(["gap recovered", *shares])
     return rows
@@ -85,7 +94,7 @@ def print_table(rows: list[list[str]]):
     print()
     for row in rows:
         print(f"{row[0]:24}" + "".join(f"{cell:>18}" for cell in row[1:]))
-    print("Losses are in nats per token, with their standard error over the sequences.", flush=True)
+    print("Losses are in nats per token. Errors are standard errors over the sequences.", flush=True)
 
 
 # ---- The picture -----------------------------------------------------------------------------------------

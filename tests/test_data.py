@@ -208,6 +208,27 @@ def test_each_epoch_is_the_same_text_in_another_order(text):
     assert sorted(first.tolist()) == sorted(second.tolist()) == sorted(windows)
 
 
+def test_a_share_of_the_sequences_repeats_a_passage_of_the_text_or_of_random_tokens(text):
+    tokens = Tokens(text, "train", TOKENIZER)
+    plain, _ = Batches(tokens, 300, seed=0).batch(0, 200)
+    ids, targets = Batches(tokens, 300, seed=0, repeats=0.5).batch(0, 200)
+    sizes = {"text": [], "random": []}
+    for row, aims, plain_row in zip(ids, targets, plain):
+        unpredictable = (aims == -100).sum().item()
+        if unpredictable > 0:  # random tokens: all but the first one are targets of the first reading
+            size = unpredictable + 1
+            assert torch.equal(row[size:], row[:-size])
+            assert (aims[:unpredictable] == -100).all()
+            sizes["random"].append(size)
+        elif not torch.equal(row, plain_row):
+            sizes["text"].append(next(n for n in range(12, 129) if torch.equal(row[n:], plain_row[:-n])))
+            assert torch.equal(row[: sizes["text"][-1]], plain_row[: sizes["text"][-1]])
+        counted = aims[:-1] != -100
+        assert torch.equal(aims[:-1][counted], row[1:][counted])
+    assert 60 < len(sizes["text"]) < 100 and 10 < len(sizes["random"]) < 30
+    assert 12 <= min(sizes["random"]) < 30 and 110 < max(sizes["random"]) <= 128
+
+
 def test_a_text_that_is_too_short_is_one_line(tmp_path):
     text = open_text(str(write(tmp_path / "short.txt", b"a few words")))
     assert_refused(lambda: batches_of(text), r"train text of .*short\.txt has \d+ tokens, too few")

@@ -3,19 +3,21 @@
 import io
 import math
 import os
+import re
 import sys
 
 import pytest
 import torch
-from helpers import write_text
+from helpers import SMALL, small_qwen, write_text
 from huggingface_hub import ModelCard
 from test_train import command, refusal, table_of
+from torch import nn
 
 import evaluate
 import sample
 import train
 from data import Batches, Tokens, open_text
-from qwen import load_tokenizer
+from qwen import LanguageModel, load_tokenizer
 from support import files, report
 from support.files import UserError, read_checkpoint, read_json
 
@@ -36,7 +38,9 @@ def test_evaluate_measures_all_of_another_text_at_another_depth(run, pretrained,
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     evaluate.main([str(run), "--data", str(text), "--depth", "3", "--sequences", "2"])
     table = table_of(capsys.readouterr().out)
-    assert table[0].split() == ["poems.txt"]
+    assert re.split("  +", table[0].strip()) == [
+        *("poems.txt", "copies text", "copies random", "chooses text", "chooses number")
+    ]
     assert table[3].startswith("ouroboros, depth 3")
 
     model, full, cut = evaluate.open_run_and_baselines(run)
@@ -45,6 +49,49 @@ def test_evaluate_measures_all_of_another_text_at_another_depth(run, pretrained,
         values = [kind.loss(*batches.batch(n, 1), **depth).item() for n in range(2)]
         assert str(report.estimate(values)) in line
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+class Copier(LanguageModel):
+    """A decoder whose likeliest next token is the one that followed the same token the last time, if any."""
+
+    config = SMALL
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(SMALL.vocab_size)
+        self.lm_head = nn.Linear(SMALL.vocab_size, SMALL.vocab_size, bias=False)
+        nn.init.eye_(self.lm_head.weight)
+
+    def hidden(self, ids):
+        h = torch.zeros(*ids.shape, SMALL.vocab_size)
+        for row, state in zip(ids.tolist(), h):
+            follower = {}
+            for i, token in enumerate(row):
+                if i > 0:
+                    follower[row[i - 1]] = token
+                if token in follower:
+                    state[i, follower[token]] = 9.0
+        return h
+
+
+def test_a_model_that_copies_has_all_of_a_passage_and_finds_the_answer_that_stood_in_the_prompt():
+    passages = torch.randperm(97)[:60].reshape(5, 12)
+    assert evaluate.copied(Copier(), passages) == [1.0] * 5
+    assert max(evaluate.copied(small_qwen(), passages)) < 0.5
+    questions = [([5, 6, 7, 8, 5], [[6, 7], [7, 8], [8, 5]]), ([5, 6, 7, 8, 7], [[6, 7, 8], [8]])]
+    assert evaluate.chosen(Copier(), questions) == [1.0, 0.0]
+
+
+def test_a_question_has_one_right_answer_the_first_one():
+    starts = torch.arange(5 * 96).reshape(5, 96).tolist()
+    for n, (prompt, answers) in enumerate(evaluate.continuation_questions(starts)):
+        assert prompt + answers[0] == starts[n] and len({tuple(answer) for answer in answers}) == 4
+    tokenizer = load_tokenizer("tiny")
+    for prompt, answers in evaluate.needle_questions(starts, tokenizer):
+        text = tokenizer.decode(prompt)
+        answers = [tokenizer.decode(answer) for answer in answers]
+        assert text.endswith("\nThe number of Anna is") and f"Anna is{answers[0]}." in text
+        assert all(f" is{answer}." in text for answer in answers) and len(set(answers)) == 4
 
 
 # ---- sample.py -------------------------------------------------------------------------------------------

@@ -309,7 +309,7 @@ def test_a_failure_before_the_first_checkpoint_leaves_nothing(error, pretrained,
         raise error
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("evaluate.Evaluation.losses", fail)
+    monkeypatch.setattr("evaluate.Evaluation.results", fail)
     for out in ([], ["--out", "mine"]):
         with pytest.raises(error):
             train.main(command(pretrained, *out))

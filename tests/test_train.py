@@ -131,7 +131,9 @@ COLUMNS = {  # tiny, another model on a CPU, CUDA: as docs/using.md has them
 EVERYWHERE = dict(
     threads=None, depth=8, rank=32, modulation="controller", pool="prefix", gate=True, step_norm=True
 )
-EVERYWHERE |= dict(target_offset=1, cut=None, patch=False, distill=0.0, seed=0, seam_tokens=12_288)
+EVERYWHERE |= dict(
+    target_offset=1, cut=None, patch=False, distill=0.0, repeats=0.0, seed=0, seam_tokens=12_288
+)
 EVERYWHERE |= dict(device="auto", dtype="bfloat16", compile="auto", save_every=100, out=None, resume=None)
 
 
@@ -151,7 +153,7 @@ def test_every_option_has_the_default_that_the_docs_name(column, patch, monkeypa
     if patch:
         argv.append("--patch")
         expected |= dict(patch=True, depth=1, modulation="none", gate=False, step_norm=False, distill=0.5)
-        expected |= dict(lr=3 * expected["lr"], steps=expected["steps"] // 2)
+        expected |= dict(lr=3 * expected["lr"], steps=expected["steps"] // 2, repeats=0.5)
     assert vars(parse_options(argv)[0]) == expected
 
 
