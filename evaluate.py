@@ -7,6 +7,7 @@ nothing in the folder of the run.
 import math
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -135,7 +136,11 @@ class Evaluation:
     def held_out_loss(self, model, sequences: int | None = None) -> float:
         """The mean loss on held-out text, in nats per token."""
         losses = evaluate(model, self.held_out, sequences or self.sequences)
-        return sum(losses) / len(losses)
+        return fmean(losses)
+
+    def copied_share(self, model) -> float:
+        """The mean share of a held-out passage that is copied, on a few passages, for the log."""
+        return fmean(copied(model, self._passages(32)))
 
     def results(self, model, **loop) -> dict[str, list[float]]:
         """{column: the losses of its sequences}, and {"copies ...": the shares of copied tokens}.
@@ -150,27 +155,28 @@ class Evaluation:
                     f"a loss of the {type(model).__name__} on the {batches.tokens.name} is not finite; give "
                     "a smaller --depth or an earlier checkpoint, RUN/step-N, or train with --dtype float32"
                 )
-        passages = self._starts()[:, :PASSAGE]
-        results["copies text"] = copied(model, passages, **loop)
         vocab_size = self.held_out.tokens.tokenizer.get_vocab_size()
+        passages = self._passages(self.sequences)
         generator = torch.Generator().manual_seed(0)
-        random_tokens = torch.randint(vocab_size, passages.shape, generator=generator)
-        results["copies random"] = copied(model, random_tokens, **loop)
+        random_passages = torch.randint(vocab_size, passages.shape, generator=generator)
+        results["copies text"] = copied(model, passages, **loop)
+        results["copies random"] = copied(model, random_passages, **loop)
         return results
 
     def choices(self, model, **loop) -> dict[str, list[float]]:
         """{"chooses ...": 1.0 or 0.0 for each question}: four answers, of which one is right."""
-        starts = self._starts().tolist()
+        ids, _ = self.held_out.batch(0, self.held_out.at_most(self.sequences))
+        starts = ids[:, : PASSAGE + ANSWER].tolist()
         needles = needle_questions(starts, self.held_out.tokens.tokenizer)
         return {
             "chooses text": chosen(model, continuation_questions(starts), **loop),
             "chooses number": chosen(model, needles, **loop),
         }
 
-    def _starts(self):
-        """The first PASSAGE + ANSWER tokens, or fewer, of the held-out sequences. [N, T]"""
-        ids, _ = self.held_out.batch(0, self.held_out.at_most(self.sequences))
-        return ids[:, : PASSAGE + ANSWER]
+    def _passages(self, count: int):
+        """The first PASSAGE tokens, or fewer, of at most `count` held-out sequences. [N, P]"""
+        ids, _ = self.held_out.batch(0, self.held_out.at_most(count))
+        return ids[:, :PASSAGE]
 
     def continue_text(self, model) -> str:
         """How a model continues the prompt, with the same random numbers for every model."""

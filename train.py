@@ -118,6 +118,7 @@ def main(argv=None, new_model=None, **values) -> int:
                 row["held_out"] = evaluation.held_out_loss(model)
                 if not math.isfinite(row["held_out"]):
                     raise run.diverged(step + 1)
+                row["copies_text"] = evaluation.copied_share(model)
                 run.say(f"step {step + 1}: held-out loss {row['held_out']:.3f}")
             run.log(row)
             if is_last or stop or (step + 1) % options.save_every == 0:

@@ -131,7 +131,13 @@ def draw_losses(path: Path, rows: list[dict], results: dict | None):
             loss = estimate(results[model]["held-out"]).mean
             axes.axhline(loss, color="black", linestyle=style, label=f"{model} model, held-out: {loss:.2f}")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=path.resolve().parent.name)
-    axes.legend()
+    if evaluated and "copies_text" in evaluated[-1]:
+        copied = [row["copies_text"] for row in evaluated]
+        right = axes.twinx()
+        right.plot(places[0], copied, "s-", color="#b4540a", label="copies of a held-out passage")
+        right.set(ylabel="share of the tokens that are copied", ylim=(0, 1))
+        right.legend(loc="upper right")
+    axes.legend(loc="upper center")
     replace_file(path, lambda part: figure.savefig(part, dpi=130, format="png"))
 
 
