@@ -113,7 +113,7 @@ class Batches:
             available = len(tokens.chunk(0))
             raise UserError(
                 f"the {tokens.name} has {available:,} tokens, too few for a sequence of {length}; give more "
-                "text, or a smaller --seq-len"
+                "text, also a file named val.txt to hold out, or a smaller --seq-len"
             )
 
     def sequences_in(self, i: int) -> int:

@@ -105,9 +105,7 @@ def writing(path):
         yield
     except (OSError, SafetensorError) as error:
         reason = one_line(error)
-        raise UserError(
-            f"{path}: cannot be written ({reason}); make room, or choose another place"
-        ) from error
+        raise UserError(f"{path}: cannot be written ({reason}); make room or change the place") from error
 
 
 def replace_file(path: Path, write):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -129,7 +130,8 @@ def progress(iterable=None, **details) -> tqdm:
     A file keeps every state of the bar, so that it is drawn there only twice a minute.
     """
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds
-    details = dict(leave=False, delay=1, unit_scale=True, mininterval=interval) | details
+    columns = shutil.get_terminal_size().columns
+    details = dict(leave=False, delay=1, unit_scale=True, mininterval=interval, ncols=columns) | details
     return tqdm(iterable, file=BarStream(), disable=process_number() > 0, **details)
 
 

@@ -156,9 +156,7 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._unlock()
-            raise UserError(
-                f"{folder}: another training has it; wait for it, or choose another --out"
-            ) from error
+            raise UserError(f"{folder}: another training has it; wait, or choose another --out") from error
         except OSError:
             print(f"{folder}: this file system has no locks; let no other program train there")
 

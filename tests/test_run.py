@@ -24,7 +24,7 @@ import evaluate
 import sample
 import train
 from support.files import UserError
-from support.machine import Workers, progress
+from support.machine import Workers, process_number, progress
 from support.options import parse_options
 from support.run import Run, checkpoints_of, read_log
 
@@ -200,6 +200,8 @@ def test_variables_of_torchrun_that_cannot_be_are_named(pretrained, tmp_path, mo
             for variable, text in (good | {name: value}).items():
                 monkeypatch.setenv(variable, text)
             assert name in refusal(capsys, train.main, *argv)
+    with pytest.raises(UserError, match="LOCAL_RANK ''"):  # of which a GPU's number is made
+        process_number("LOCAL_RANK")
     assert list(tmp_path.iterdir()) == []
 
 
