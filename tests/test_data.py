@@ -168,6 +168,7 @@ def text(tmp_path, monkeypatch):
 
 def test_a_text_says_that_it_is_listed_and_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "progress", partial(data.progress, delay=0))  # as if it took a second
+    monkeypatch.setenv("COLUMNS", "500")
     Tokens(open_text(str(write_text(tmp_path / "text.txt").parent)), "all", TOKENIZER).chunk(0)
     printed = capsys.readouterr().err
     assert f"listing {tmp_path}" in printed and f"reading the all text of {tmp_path}" in printed
