@@ -105,7 +105,7 @@ def process_number(name="RANK") -> int:
         return 0
     number, count = os.environ.get(name, ""), os.environ["WORLD_SIZE"]
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise UserError(f"{name} {number!r}, WORLD_SIZE {count!r}: torchrun gives no such; unset WORLD_SIZE")
+        raise UserError(f"{name} {number!r}, WORLD_SIZE {count!r}: do not fit; use torchrun, or unset them")
     return int(number)
 
 
