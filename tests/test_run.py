@@ -86,16 +86,27 @@ def test_a_run_stopped_twice_ends_bit_for_bit_as_one_left_alone(argv, trained, m
     assert capsys.readouterr().out.count("gap recovered") == 2
 
 
-def test_a_second_ctrl_c_does_not_wait(trained, tmp_path, monkeypatch):
+def signal_in_the_second_step(patch: pytest.MonkeyPatch, *numbers: int):
+    """Let these signals come while the second step is computed."""
     rate = train.learning_rate
 
-    def interrupted_twice(step, options):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(step, options):
+        for number in numbers:
+            if step == 1:
+                os.kill(os.getpid(), number)
         return rate(step, options)
 
-    monkeypatch.setattr(train, "learning_rate", interrupted_twice)
+    patch.setattr(train, "learning_rate", interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_job_that_is_ended_and_a_terminal_that_closes_stop_after_the_step(number, trained, monkeypatch):
+    signal_in_the_second_step(monkeypatch, number)
+    assert newest_step(trained("run", code=128 + number)) == 2
+
+
+def test_a_second_ctrl_c_does_not_wait(trained, tmp_path, monkeypatch):
+    signal_in_the_second_step(monkeypatch, signal.SIGINT, signal.SIGINT)
     with pytest.raises(SystemExit, match="130"):
         trained("run", "--save-every", 1)
     assert newest_step(tmp_path / "run") == 1
@@ -142,13 +153,12 @@ def test_a_run_stopped_killed_and_interrupted_ends_as_one_left_alone(trained, pr
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        process = start(TRAIN, "--resume", run)
-        signal_later(process, run, number)
-        printed, errors = process.communicate(timeout=300)
-        assert process.returncode == 128 + number and "Traceback" not in errors
-        assert f"stopped, and saved. To continue: python train.py --resume {run}\n" in printed
-        assert 12 < newest_step(run) == len(losses(run)) < 150
+    process = start(TRAIN, "--resume", run)
+    signal_later(process, run, signal.SIGINT)
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert f"stopped, and saved. To continue: python train.py --resume {run}\n" in printed
+    assert 12 < newest_step(run) == len(losses(run)) < 150
     assert resume(run) == 0
     assert_same_end(run, alone)
     assert len(list(run.glob("step-*"))) == 2 and not list(run.rglob("*.part*"))
