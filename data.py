@@ -52,7 +52,8 @@ class Tokens:
     def chunk(self, i: int) -> np.ndarray | None:
         """The tokens of chunk i; None after the last one."""
         while i >= len(self.chunks):
-            documents = next(self.text_chunks, None)
+            with progress(desc=f"reading the {self.name}", delay=0, bar_format="{desc}"):
+                documents = next(self.text_chunks, None)
             if documents is None:
                 return None
             self.chunks.append(self._encode(documents))
@@ -114,7 +115,7 @@ class Batches:
             available = len(tokens.chunk(0))
             raise UserError(
                 f"the {tokens.name} has {available:,} tokens, too few for a sequence of {length}; give more "
-                "text, or a smaller --seq-len"
+                "text, also a file named val.txt to hold out, or a smaller --seq-len"
             )
 
     def sequences_in(self, i: int) -> int:
@@ -222,7 +223,8 @@ class TextFiles:
         self.name = str(path)
         self.files = [path]
         if path.is_dir():
-            self.files = sorted(file for file in path.rglob("*") if is_text(file.relative_to(path)))
+            found = progress(path.rglob("*"), desc=f"listing {path}", unit=" files")
+            self.files = sorted(file for file in found if is_text(file.relative_to(path)))
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; give a text, python or fineweb-edu")
         if not self.files or not is_text(Path(self.files[0].name)):

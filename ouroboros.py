@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qwen import PROJECTIONS, KVCache, LanguageModel, Qwen, apply_projection, rotary_at
+from qwen import FLOAT_TYPES, PROJECTIONS, KVCache, LanguageModel, Qwen, apply_projection, rotary_at
 from support.fast import promote  # to float32, or float64 if it is that already
 from support.files import UserError, check_choice, check_number, one_line, read_checkpoint, write_checkpoint
 
@@ -272,18 +272,8 @@ class Ouroboros(LanguageModel):
         prelude = first if prelude is None else prelude
         recurrent = middle if recurrent is None else recurrent
         coda = last if coda is None else coda
-        self.settings = dict(
-            prelude=prelude,
-            recurrent=recurrent,
-            coda=coda,
-            rank=rank,
-            alpha=alpha,
-            depth=depth,
-            modulation=modulation,
-            pool=pool,
-            gate=gate,
-            step_norm=step_norm,
-        )
+        self.settings = dict(prelude=prelude, recurrent=recurrent, coda=coda, rank=rank, alpha=alpha)
+        self.settings |= dict(depth=depth, modulation=modulation, pool=pool, gate=gate, step_norm=step_norm)
         self.check_settings(qwen)
         self.config = config
         self.source = qwen.source
@@ -328,6 +318,7 @@ class Ouroboros(LanguageModel):
         num_layers = qwen.config.num_hidden_layers
         sizes = [min(projection.weight.shape) for projection in qwen.layers[0].projections().values()]
         check_number("depth", self.settings["depth"], 1, MAX_STEPS)
+        check_number("alpha", self.settings["alpha"], 0.0, 1e6)
         if self.settings["modulation"] != "none":
             check_number("rank", self.settings["rank"], 1, min(sizes))
         for name in ("prelude", "recurrent", "coda"):
@@ -501,6 +492,7 @@ class Ouroboros(LanguageModel):
         whose dtype and device count. checkpoint: what read_checkpoint(folder) has returned. Raises UserError
         if the folder holds no such model, or if the pretrained model is not the one it was made from.
         """
+        check_choice("dtype", dtype, FLOAT_TYPES)
         tensors, about = checkpoint or read_checkpoint(folder)
         saved = about["model"]
         if saved["class"] != cls.__name__:

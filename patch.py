@@ -100,10 +100,7 @@ class Patched(Ouroboros):
 
     def __init__(self, qwen: Qwen, depth=1, modulation="none", **settings):
         super().__init__(qwen, depth=depth, modulation=modulation, gate=False, step_norm=False, **settings)
-        del (
-            self.settings["gate"],
-            self.settings["step_norm"],
-        )  # load() passes on the settings; these are fixed
+        del self.settings["gate"], self.settings["step_norm"]  # load() passes the settings; these are fixed
         d = qwen.config.hidden_size
         self.opening = nn.Parameter(torch.zeros(depth, d))  # o
         nn.init.ones_(self.opening[0])

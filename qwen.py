@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.fast import attend_without_groups, grouped_attention_fits, head_cross_entropy, promote
-from support.files import UserError, check_number, full_name, one_line
+from support.files import UserError, check_choice, check_number, full_name, one_line
 from support.pretrained import load_tokenizer as load_tokenizer  # for those who import it from here
 from support.pretrained import read_config_numbers, read_weights
 
 # The names of the seven projections of a layer, as in a Hub checkpoint.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,9 @@ class LanguageModel(nn.Module):
         ended earlier are padded with the first of these.
         """
         check_number("max_new_tokens", max_new_tokens, 1, 10**6)
+        check_number("top_p", top_p, 1e-6, 1.0)
+        if temperature != 0:
+            check_number("temperature", temperature, 0.001, 1000.0)
         ends = torch.tensor(self.config.eos_token_id, dtype=torch.int64, device=ids.device)
         padding = self.config.eos_token_id[0] if self.config.eos_token_id else 0
         done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
@@ -275,11 +279,8 @@ def next_token(logits, temperature: float, top_p: float):
     """The likeliest token at temperature 0, otherwise one that is drawn. logits [B, V] -> [B, 1]
 
     It is drawn from the likeliest tokens that together have at least the probability top_p (arXiv 1904.09751,
-    section 3.1). Raises UserError for a number out of its range and for logits that are not finite.
+    section 3.1). Raises UserError for logits that are not finite.
     """
-    if temperature != 0:
-        check_number("temperature", float(temperature), 0.001, 1000.0)
-    check_number("top_p", float(top_p), 1e-6, 1.0)
     if not logits.isfinite().all():
         raise UserError("the model's logits are not finite; give an earlier checkpoint or another depth")
     if temperature == 0:
@@ -339,14 +340,17 @@ class Qwen(LanguageModel):
         dtype None leaves the weights in their files, on the CPU and in their own type: each is read when it
         is first used. Raises UserError for a checkpoint that is damaged or that this decoder cannot run.
         """
+        check_choice("dtype", dtype, (*FLOAT_TYPES, None))
         config = Config.from_pretrained(folder_or_repo)
         tensors = {}
         for name, tensor in read_weights(folder_or_repo):
             if dtype is not None:
                 tensor = tensor.to(device, dtype, copy=True)  # a copy, since the file may change later
             tensors[name.removeprefix("model.")] = tensor
-        if config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
+        if config.tie_word_embeddings and "lm_head.weight" in tensors:
+            head = tensors.pop("lm_head.weight")
+            if not torch.equal(head, tensors.get("embed_tokens.weight", head)):
+                raise UserError(f"{folder_or_repo}: has an lm_head, so tie_word_embeddings must be false")
 
         biases = any(name.endswith("q_proj.bias") for name in tensors)
         with torch.device("meta"):  # shapes without memory, until the loaded tensors are assigned
@@ -372,12 +376,7 @@ class Qwen(LanguageModel):
             digest.update(name.encode())
             values = tensor.flatten()
             last = max(0, len(values) - 256)
-            for first in (
-                0,
-                last // 3,
-                last * 2 // 3,
-                last,
-            ):  # few places: of a mapped file, few pages are read
+            for first in (0, last // 3, last * 2 // 3, last):  # of a mapped file, few pages are read
                 sample = values[first : first + 256].bfloat16().float()
                 digest.update(sample.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]

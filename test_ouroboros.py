@@ -350,7 +350,7 @@ def test_the_cut_baseline_is_the_kept_layers_one_after_the_other():
     assert torch.equal(small_model().cut(tokens()), qwen(tokens()))
 
 
-IMPOSSIBLE = [("depth", 65), ("rank", 17), ("rank", 4.0), ("prelude", 3), ("coda", 3), ("pool", "mean")]
+IMPOSSIBLE = [("depth", 65), ("rank", 17), ("rank", 4.0), ("alpha", "16"), ("coda", 3), ("pool", "mean")]
 
 
 @pytest.mark.parametrize("name, value", IMPOSSIBLE)

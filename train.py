@@ -143,9 +143,7 @@ def paper_or_patch(qwen: Qwen, options) -> Ouroboros:
         return Patched(qwen, **settings)
     model = Ouroboros(qwen, gate=options.gate, step_norm=options.step_norm, **settings)
     if not model.trained_parameters():
-        raise UserError(
-            "--modulation none --no-gate --no-step-norm leaves nothing to train; leave one of them out"
-        )
+        raise UserError("--modulation none --no-gate --no-step-norm leaves nothing to train; leave one out")
     return model
 
 

@@ -31,10 +31,11 @@ def head_cross_entropy(h, head, targets, full_h=None, weight=0.0):
     full_h, weight: with distillation, the targets are mixed: 1 - weight of the token that follows, and weight
     of what the full model predicts, softmax(full_h @ head.T).
 
-    Raises ValueError for targets of another shape, and IndexError for a target that is no token.
+    Raises ValueError for targets of another shape or type, and IndexError for a target that is no token.
     """
-    if targets.shape != h.shape[:-1]:
-        raise ValueError(f"targets have shape {list(targets.shape)}, and ids have {list(h.shape[:-1])}")
+    if targets.shape != h.shape[:-1] or targets.dtype != torch.int64:
+        given = f"shape {list(targets.shape)} and type {targets.dtype}"
+        raise ValueError(f"targets have {given}; they need {list(h.shape[:-1])}, as ids have, and int64")
     is_token = (targets >= 0) & (targets < len(head))
     fits = (is_token | (targets == -100)).all()
     message = f"a target is neither -100 nor a token from 0 to {len(head) - 1}"

@@ -42,13 +42,13 @@ def check_number(name: str, value, low, high):
     kind = "a whole number" if isinstance(low, int) else "a number"
     fits = isinstance(value, int) or (isinstance(low, float) and isinstance(value, float))
     if isinstance(value, bool) or not fits or not low <= value <= high:
-        raise UserError(f"{name} {value}: give {kind} from {low:,} to {high:,}")
+        raise UserError(f"{name} {value!r}: give {kind} from {low:,} to {high:,}")
 
 
 def check_choice(name: str, value, choices):
     """Raise UserError unless the value is one of the choices."""
     if value not in choices:
-        raise UserError(f"{name} {value!r}: give one of {', '.join(choices)}")
+        raise UserError(f"{name} {value!r}: give one of {', '.join(map(str, choices))}")
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------
@@ -105,9 +105,7 @@ def writing(path):
         yield
     except (OSError, SafetensorError) as error:
         reason = one_line(error)
-        raise UserError(
-            f"{path}: cannot be written ({reason}); make room, or choose another place"
-        ) from error
+        raise UserError(f"{path}: cannot be written ({reason}); make room or change the place") from error
 
 
 def replace_file(path: Path, write):
@@ -216,7 +214,8 @@ def fetch(repo: str, patterns: list[str], repo_type="model") -> Path:
     # The network, sockets and the disk, hf_xet, a name that the Hub does not allow.
     except (*HTTP_ERRORS, OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{repo}: could not be fetched from the Hub ({one_line(error)}); try again"
+            f"{repo}: could not be fetched from the Hub ({one_line(error)}); check the network, and that "
+            f"{HF_HUB_CACHE} can be written (or set HF_HOME), and try again"
         ) from error
 
 

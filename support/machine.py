@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -38,7 +39,7 @@ def pick_device(name="auto") -> torch.device:
     if under_torchrun() and chosen.startswith("cuda"):  # each process has a GPU of its own
         if name.startswith("cuda:"):
             raise UserError(f"--device {name}: torchrun's processes take a GPU each; give cuda")
-        chosen = f"cuda:{os.environ['LOCAL_RANK']}"
+        chosen = f"cuda:{process_number('LOCAL_RANK')}"
     if chosen not in available:
         raise UserError(f"--device {name}: is not there; this machine and torch have {', '.join(available)}")
     device = torch.device(chosen)
@@ -92,12 +93,20 @@ def faster_threads(work) -> int:
 
 def under_torchrun() -> bool:
     """Whether torchrun has started this process. Other programs set RANK and WORLD_SIZE, but not all four."""
-    return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def process_number() -> int:
-    """The number of this process among those that torchrun started; 0 without torchrun."""
-    return int(os.environ["RANK"]) if under_torchrun() else 0
+def process_number(name="RANK") -> int:
+    """The number of this process among those that torchrun started; 0 without torchrun.
+
+    LOCAL_RANK: among those of this machine. Raises UserError for numbers that do not fit together.
+    """
+    if not under_torchrun():
+        return 0
+    number, count = os.environ.get(name, ""), os.environ["WORLD_SIZE"]
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"{name} {number!r}, WORLD_SIZE {count!r}: do not fit; use torchrun, or unset them")
+    return int(number)
 
 
 class BarStream:
@@ -121,7 +130,8 @@ def progress(iterable=None, **details) -> tqdm:
     A file keeps every state of the bar, so that it is drawn there only twice a minute.
     """
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds
-    details = dict(leave=False, delay=1, unit_scale=True, mininterval=interval) | details
+    columns = shutil.get_terminal_size().columns
+    details = dict(leave=False, delay=1, unit_scale=True, mininterval=interval, ncols=columns) | details
     return tqdm(iterable, file=BarStream(), disable=process_number() > 0, **details)
 
 

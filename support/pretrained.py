@@ -44,7 +44,7 @@ def read_config_numbers(folder_or_repo) -> dict:
             head_dim=whole_number(raw, "head_dim", raw["hidden_size"] // heads),
             rms_norm_eps=positive_number(raw, "rms_norm_eps", 1e-6),
             rope_theta=positive_number(raw, "rope_theta", 10000.0),
-            tie_word_embeddings=raw.get("tie_word_embeddings") is True,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         )
         if numbers["head_dim"] % 2 or heads % numbers["num_key_value_heads"]:
             raise ValueError(f"sizes that do not fit together: {numbers}")
@@ -72,6 +72,7 @@ def check_architecture(path: Path, raw: dict):
         "full_attention": (),  # rotary positions that differ from layer to layer
         "sliding_attention": (),
         "use_sliding_window": (False, None),
+        "tie_word_embeddings": (True, False, None),
         "quantization_config": ({}, None),
         "compression_config": ({}, None),
         "quantization": ({}, None),
@@ -94,16 +95,16 @@ def whole_number(raw: dict, key: str, default=None) -> int:
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10**6:
-        raise ValueError(f"{key} is {value}")
+        raise ValueError(f"{key} is {value!r}")
     return value
 
 
 def positive_number(raw: dict, key: str, default: float) -> float:
-    """raw[key] as a finite float above zero; the default where the key is absent."""
-    number = float(raw.get(key, default))
-    if not 0 < number < math.inf:
-        raise ValueError(f"{key} is {number}")
-    return number
+    """raw[key], a number above zero, as a float; the default where the key is absent."""
+    value = raw.get(key, default)
+    if not isinstance(value, (int, float)) or not 0 < value < 1e30:
+        raise ValueError(f"{key} is {value!r}")
+    return float(value)
 
 
 def token_list(value) -> list[int]:

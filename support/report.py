@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.files import is_hub_name, replace_file, write_json, write_text
-from support.run import RESULTS, read_log
+from support.run import PICTURE, RESULTS, read_log
 
 # ---- Means and their errors ------------------------------------------------------------------------------
 #
@@ -225,7 +225,7 @@ def report(run, results: dict, labels: dict, prompt: str, texts: dict):
     last = run.step_folder(run.options.steps)
     write_json(run.folder / RESULTS, results)
     write_card(last, rows, run.options, len(results["full"]["held-out"]))
-    draw_losses(run.folder / "loss.png", read_log(run.folder), results)
+    draw_losses(run.folder / PICTURE, read_log(run.folder), results)
     print_table(rows)
     print(f"\na held-out text:\n{prompt}")
     for model, label in labels.items():

@@ -16,6 +16,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 
 from support.files import (
     CHECKPOINT,
@@ -35,6 +36,7 @@ if sys.platform != "win32":
 RUNS = Path("runs")
 LOG = "log.jsonl"
 RESULTS = "results.json"
+PICTURE = "loss.png"
 STEP_FOLDER = "step-" + 7 * "[0-9]"  # a pattern for glob
 
 # ---- Finding and reading ---------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ def read_log(run: Path) -> list[dict]:
             lines = log.read_text(encoding="utf-8").split("\n")
             for line in lines[:-1]:  # a row without an end of line was cut short when the program was killed
                 row = json.loads(line)
-                row["step"] + row["loss"]  # KeyError or TypeError where it is no row
+                row["step"] + row["loss"] + row["tokens_per_s"]  # KeyError or TypeError where it is no row
                 rows.append(row)
     return rows
 
@@ -91,10 +93,13 @@ class Run:
         self.writes = workers.is_first
         self.checkpoint = checkpoint
         self.goes_on = False  # in the folder that is resumed
-        if options.resume is not None and options.out is None:
-            self.goes_on = len(checkpoints_of(options.resume)) > 0
+        if options.resume is not None:
+            self.goes_on = options.out is None and len(checkpoints_of(options.resume)) > 0
+            options.threads = options.threads if self.goes_on else None  # a new run tries it again
         self.signals = StopSignals()
         self.reader_is_gone = False
+        self.speeds = []  # tokens per second of the steps so far
+        self.said_slow = False
         self.lock = None
         self.bar = None
 
@@ -104,6 +109,9 @@ class Run:
         elif self.goes_on:
             self.folder = Path(self.options.resume)
             self._lock(self.folder)
+            if read_run(self.folder)[1] != self.checkpoint[1]:
+                self._unlock()
+                raise UserError(f"{self.folder}: another training went on from it just now; start again")
         else:
             self.folder = self._new_folder()
         return self
@@ -114,9 +122,9 @@ class Run:
             self.bar.close()
         self._unlock()
         if self.writes:
-            with suppress(OSError):  # it holds files: there is a checkpoint
-                self.folder.rmdir()
-                RUNS.rmdir()
+            for folder in (*self.folder.glob(STEP_FOLDER), self.folder, RUNS):
+                with suppress(OSError):  # it holds files: there is a checkpoint
+                    folder.rmdir()
 
     # -- The folder
 
@@ -148,9 +156,7 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._unlock()
-            raise UserError(
-                f"{folder}: another training has it; wait for it, or choose another --out"
-            ) from error
+            raise UserError(f"{folder}: another training has it; wait, or choose another --out") from error
         except OSError:
             print(f"{folder}: this file system has no locks; let no other program train there")
 
@@ -195,8 +201,9 @@ class Run:
                 rows = read_log(source if checkpoints_of(source) else source.parent)
             if not self.goes_on:
                 self.save(model, optimizer, step)
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
-            write_text(self.folder / LOG, "".join(kept))
+            rows = [row for row in rows if row["step"] <= step]
+            self.speeds = [row["tokens_per_s"] for row in rows]
+            write_text(self.folder / LOG, "".join(json.dumps(row) + "\n" for row in rows))
         steps = self.options.steps
         self.bar = progress(initial=step, total=steps, unit="step", leave=True, delay=0, unit_scale=False)
         self.signals.listen()  # until here, nothing is lost if they end the program
@@ -205,16 +212,21 @@ class Run:
     def save(self, model, optimizer, step: int):
         """Write all that is needed to go on after `step` steps, and keep the two newest checkpoints.
 
-        Every random choice is a function of the seed and the step, so there is no random state to save.
+        What an earlier end of the run or a killed program has left goes. Every random choice is a function of
+        the seed and the step, so there is no random state to save.
         """
         if not self.writes:
             return
         kept = {name: value for name, value in vars(self.options).items() if name not in ("resume", "out")}
         moments = optimizer_tensors(optimizer, model.trained_parameters())
+        for path in (self.folder / RESULTS, self.folder / PICTURE, *self.folder.rglob("*.[0-9]*.part.*")):
+            path.unlink(missing_ok=True)
         model.save(self.step_folder(step), moments, step=step, options=kept)
         write_json(self.folder / "args.json", kept)
-        for older in checkpoints_of(self.folder)[:-2]:
-            shutil.rmtree(older, ignore_errors=True)
+        newest = checkpoints_of(self.folder)[-2:]
+        for folder in self.folder.glob(STEP_FOLDER):
+            if folder not in newest:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def step_folder(self, step: int) -> Path:
         return self.folder / f"step-{step:07}"
@@ -253,6 +265,13 @@ class Run:
             file.write(line)
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,} tokens/s", refresh=False)
         self.bar.update()
+        self.speeds.append(row["tokens_per_s"])
+        if is_slow(self.speeds) and not self.said_slow:
+            self.said_slow = True
+            self.say(
+                "warning: steps take three times as long as before; end what else uses this machine, or stop "
+                "and go on with --resume RUN/step-N, a new run, which tries its number of threads again"
+            )
 
     @property
     def wish_to_stop(self) -> bool:
@@ -273,6 +292,12 @@ class Run:
             stream = sys.stderr if self.reader_is_gone else sys.stdout
             print(f"stopped, and saved. To continue: python train.py --resume {place}", file=stream)
         return 128 + (self.signals.received or signal.SIGTERM)
+
+
+def is_slow(speeds: list[float]) -> bool:
+    """Whether each of the last five steps had less than a third of the median speed of at least 20 before."""
+    earlier, latest = speeds[:-5], speeds[-5:]
+    return len(earlier) >= 20 and 3 * max(latest) < median(earlier)
 
 
 # ---- The optimizer ---------------------------------------------------------------------------------------

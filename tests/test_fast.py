@@ -92,6 +92,12 @@ def test_targets_of_another_shape_are_a_value_error(B, T):
         small_model().loss(tokens(2, 12), tokens(B, T))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])  # a mask, and numbers that are no tokens
+def test_targets_of_another_type_are_a_value_error(dtype):
+    with pytest.raises(ValueError, match=f"targets have .* type {dtype}"):
+        small_model().loss(tokens(), tokens().to(dtype))
+
+
 # ---- Attention -------------------------------------------------------------------------------------------
 
 
@@ -199,12 +205,19 @@ def test_a_copy_has_weights_of_its_own(transform, traced):
         assert_same_loss_and_gradients(one, plain, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("make", [small_model, small_patched])
-def test_autocast_around_the_loss_changes_only_the_rounding(make):
-    model = make()
+PARTS = [dict(), dict(gate=False), dict(step_norm=False, modulation="static"), dict(modulation="none")]
+
+
+@pytest.mark.parametrize(
+    "make", [small_patched, *(partial(small_model, **parts) for parts in PARTS)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_around_the_loss_changes_only_the_rounding(make, dtype):
+    model = make(dtype)
     plain = model.loss(tokens(), tokens(seed=2))
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.loss(tokens(), tokens(seed=2))
+        assert model.generate(tokens(), 2).shape == (2, 14)
     loss.backward()
     assert relative(loss, plain) < 5e-3
     assert all(p.grad.isfinite().all() for p in model.trained_parameters().values())

@@ -14,6 +14,7 @@ import torch
 from helpers import ROOT, SMALL, folder_of, shard, small_model, small_qwen, tokens
 from safetensors.torch import load_file, save_file
 
+from ouroboros import Ouroboros
 from qwen import Config, Qwen, load_tokenizer, next_token
 from support.files import UserError
 
@@ -103,12 +104,15 @@ def test_top_p_draws_from_the_likeliest_tokens_that_have_it_together(top_p, kept
 
 WRONG_NUMBERS = [("temperature", -1), ("temperature", 1e-40), ("temperature", float("nan"))]
 WRONG_NUMBERS += [("top_p", 0), ("top_p", 1.5), ("top_p", float("nan")), ("max_new_tokens", 0)]
+WRONG_NUMBERS += [("temperature", "1"), ("top_p", "1"), ("top_p", None), ("max_new_tokens", 2.0)]
 
 
 @pytest.mark.parametrize("name, value", WRONG_NUMBERS)
 def test_a_number_out_of_its_range_is_one_line_that_names_it(name, value):
+    model = small_qwen()
+    model.hidden = None  # it is told before any work
     with pytest.raises(UserError, match=name):
-        small_qwen().generate(tokens(), **{"temperature": 1.0, name: value})
+        model.generate(tokens(), **{"temperature": 1.0, name: value})
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------
@@ -187,12 +191,29 @@ REFUSED = [
     ({"num_hidden_layers": 7}, r"weights do not fit.*layers\.6"),
     ({"intermediate_size": 40}, "weights do not fit.*size mismatch"),
     ({"eos_token_id": "151643"}, "eos_token_id is '151643'"),
+    ({"tie_word_embeddings": "true"}, "tie_word_embeddings is true"),
+    ({"rms_norm_eps": None}, "rms_norm_eps is None"),
 ]
 
 
 @pytest.mark.parametrize("changes, message", REFUSED, ids=str)
 def test_a_config_json_that_the_decoder_cannot_run_is_refused_by_name(changes, message, tmp_path):
     assert_refused(folder_of(small_qwen(), tmp_path, **changes), message)
+
+
+def test_a_head_beside_a_tied_embedding_must_be_the_same(tmp_path):
+    untied = small_qwen(config=replace(SMALL, tie_word_embeddings=False))
+    assert_refused(folder_of(untied, tmp_path, tie_word_embeddings=True), "tie_word_embeddings must be false")
+    untied.lm_head.weight.copy_(untied.embed_tokens.weight)
+    tied = Qwen.from_pretrained(folder_of(untied, tmp_path, tie_word_embeddings=True))
+    assert torch.equal(tied(tokens()), untied(tokens()))
+
+
+def test_a_type_that_is_no_float_type_of_torch_is_one_line(tmp_path):
+    small_model(qwen=Qwen.from_pretrained("tiny")).save(tmp_path)
+    for load, folder in ((Qwen.from_pretrained, "tiny"), (Ouroboros.load, tmp_path)):
+        with pytest.raises(UserError, match="dtype 'bfloat16': give one of torch.float32"):
+            load(folder, dtype="bfloat16")
 
 
 def test_tensors_of_a_quantised_type_are_refused_by_name(tmp_path):

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -23,7 +24,7 @@ import evaluate
 import sample
 import train
 from support.files import UserError
-from support.machine import Workers
+from support.machine import Workers, process_number, progress
 from support.options import parse_options
 from support.run import Run, checkpoints_of, read_log
 
@@ -85,16 +86,27 @@ def test_a_run_stopped_twice_ends_bit_for_bit_as_one_left_alone(argv, trained, m
     assert capsys.readouterr().out.count("gap recovered") == 2
 
 
-def test_a_second_ctrl_c_does_not_wait(trained, tmp_path, monkeypatch):
+def signal_in_the_second_step(patch: pytest.MonkeyPatch, *numbers: int):
+    """Let these signals come while the second step is computed."""
     rate = train.learning_rate
 
-    def interrupted_twice(step, options):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(step, options):
+        for number in numbers:
+            if step == 1:
+                os.kill(os.getpid(), number)
         return rate(step, options)
 
-    monkeypatch.setattr(train, "learning_rate", interrupted_twice)
+    patch.setattr(train, "learning_rate", interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_job_that_is_ended_and_a_terminal_that_closes_stop_after_the_step(number, trained, monkeypatch):
+    signal_in_the_second_step(monkeypatch, number)
+    assert newest_step(trained("run", code=128 + number)) == 2
+
+
+def test_a_second_ctrl_c_does_not_wait(trained, tmp_path, monkeypatch):
+    signal_in_the_second_step(monkeypatch, signal.SIGINT, signal.SIGINT)
     with pytest.raises(SystemExit, match="130"):
         trained("run", "--save-every", 1)
     assert newest_step(tmp_path / "run") == 1
@@ -141,13 +153,12 @@ def test_a_run_stopped_killed_and_interrupted_ends_as_one_left_alone(trained, pr
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        process = start(TRAIN, "--resume", run)
-        signal_later(process, run, number)
-        printed, errors = process.communicate(timeout=300)
-        assert process.returncode == 128 + number and "Traceback" not in errors
-        assert f"stopped, and saved. To continue: python train.py --resume {run}\n" in printed
-        assert 12 < newest_step(run) == len(losses(run)) < 150
+    process = start(TRAIN, "--resume", run)
+    signal_later(process, run, signal.SIGINT)
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert f"stopped, and saved. To continue: python train.py --resume {run}\n" in printed
+    assert 12 < newest_step(run) == len(losses(run)) < 150
     assert resume(run) == 0
     assert_same_end(run, alone)
     assert len(list(run.glob("step-*"))) == 2 and not list(run.rglob("*.part*"))
@@ -187,6 +198,23 @@ def test_going_back_begins_a_new_run_and_leaves_the_old_one(source, done, out, r
     assert max(row["lr"] for row in read_log(new)[done:]) <= 0.001
 
 
+VARIABLES = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+WRONG = [("RANK", "5"), ("RANK", ""), ("RANK", "-1"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "two")]
+
+
+def test_variables_of_torchrun_that_cannot_be_are_named(pretrained, tmp_path, monkeypatch, capsys):
+    argv = command(pretrained, "--out", tmp_path / "run")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        good = VARIABLES | {"MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in [*WRONG, ("MASTER_PORT", good["MASTER_PORT"])]:
+            for variable, text in (good | {name: value}).items():
+                monkeypatch.setenv(variable, text)
+            assert name in refusal(capsys, train.main, *argv)
+    with pytest.raises(UserError, match="LOCAL_RANK ''"):  # of which a GPU's number is made
+        process_number("LOCAL_RANK")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- The log and the checkpoints -------------------------------------------------------------------------
 
 
@@ -196,6 +224,16 @@ def test_rows_after_the_checkpoint_are_logged_once(end, killed, whole):
         log.write(end)
     resume(killed)
     assert_same_end(killed, whole)
+
+
+def test_a_run_that_falls_to_a_third_of_its_own_speed_says_so_once(tmp_path, capsys):
+    options, _ = parse_options(["--out", str(tmp_path / "run")])
+    with Run(options, Workers(options)) as run:
+        run.bar = progress()
+        for speeds, count in (([5] + 30 * [100] + [1] + 9 * [100] + 4 * [30], 0), (9 * [30], 1)):
+            for speed in speeds:  # a compiler, a machine that sleeps and a short load are no slow run
+                run.log({"step": 1, "loss": 1.0, "tokens_per_s": speed})
+            assert capsys.readouterr().out.count("warning: steps take three times as long") == count
 
 
 def test_a_damaged_log_is_named_and_without_one_a_run_logs_the_steps_it_makes(killed, capsys):
@@ -213,9 +251,19 @@ def test_a_half_written_step_does_not_count_and_the_two_newest_whole_ones_are_ke
         folder = killed / f"step-{step:07}"
         folder.mkdir()
         (folder / "ouroboros.123.part.safetensors").write_bytes(b"half")
+    (killed / "log.123.part.jsonl").write_text("half")
     resume(killed, "--save-every", 1)
-    assert [path.name for path in checkpoints_of(killed)] == ["step-0000005", "step-0000006"]
+    assert sorted(path.name for path in killed.glob("step-*")) == ["step-0000005", "step-0000006"]
+    assert not list(killed.rglob("*.part*"))
     assert_same_end(killed, whole)
+
+
+def test_a_finished_run_that_goes_on_and_is_stopped_shows_no_results_of_an_earlier_step(run, monkeypatch):
+    (run / "loss.png").write_bytes(b"the picture of step 6")
+    stop_after(monkeypatch, 7)
+    assert resume(run, "--steps", 9) == 143
+    assert newest_step(run) == 7
+    assert not (run / "results.json").exists() and not (run / "loss.png").exists()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_read(run, whole, capsys):
@@ -301,15 +349,21 @@ def test_a_folder_under_another_name_is_the_same_folder(run, tmp_path, monkeypat
             assert "another training has it" in refusal(capsys, train.main, "--resume", name)
     assert resume(tmp_path / "link", "--steps", 7) == 0
     assert newest_step(run) == 7
+    with pytest.raises(UserError, match="another training went on"):  # it starts from step 6, read above
+        Run(options, Workers(options), checkpoint).__enter__()
+    assert resume(run) == 0
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError, MemoryError, ZeroDivisionError])
-def test_a_failure_before_the_first_checkpoint_leaves_nothing(error, pretrained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["evaluate.Evaluation.results", "support.files.save_file"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
+def test_a_failure_before_the_first_checkpoint_leaves_nothing(
+    error, place, pretrained, tmp_path, monkeypatch
+):
     def fail(*_):
         raise error
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("evaluate.Evaluation.results", fail)
+    monkeypatch.setattr(place, fail)
     for out in ([], ["--out", "mine"]):
         with pytest.raises(error):
             train.main(command(pretrained, *out))
