@@ -2,8 +2,7 @@
 
 For each token of the prompt and each step of the loop: what the model would say if the loop ended there, how
 far the gate opens, how far the state moves, and how large the Controller's diagonals are. The terminal shows
-the last tokens. A page, look.html, shows more of them; it needs no network. With a second --prompt, the
-diagonals of the two prompts are compared.
+the last tokens. A page, look.html, shows more of them; it needs no network.
 """
 
 import json
@@ -147,34 +146,6 @@ def updates_of(model: Ouroboros, outputs: dict, m):
     return updates
 
 
-def compare(diagonals: list) -> dict | None:
-    """Compare the mean diagonals of two prompts, or the diagonals of the tokens of one.
-
-    diagonals: for each prompt, [T, steps, n, r]. None for a single token and for n = 0. All values are root
-    mean squares. The mean square of the difference of two of N values is twice their variance.
-    """
-    compared = "token"
-    m = diagonals[0]  # [N, steps, n, r]
-    if len(diagonals) == 2:
-        compared = "prompt"
-        m = torch.stack([of_prompt.mean(0) for of_prompt in diagonals])
-    if len(m) == 1 or m.numel() == 0:
-        return None
-    size = root_mean_square(m.mean(0))  # [steps, 7]
-    difference = (2 * m.var(dim=0)).mean(-1).sqrt()  # [steps, 7]
-    between_steps = None
-    if m.shape[1] > 1:
-        between_steps = (2 * m.var(dim=1)).mean().sqrt().item()
-    return {
-        "compared": compared,
-        "size": rounded(size),  # of the mean diagonals
-        "difference": rounded(difference),  # of two prompts or tokens
-        "ratio": rounded(difference / size.clamp(min=1e-12)),  # 0 where all diagonals are 0
-        "at_same_step": root_mean_square(difference.flatten()).item(),  # the difference over all steps
-        "between_steps": between_steps,  # the difference of two steps, for the same prompt or token
-    }
-
-
 def root_mean_square(x):
     """[..., r] -> [...]"""
     return x.square().mean(-1).sqrt()
@@ -203,12 +174,10 @@ def texts_of(tokenizer, tokens):
 def main(argv=None):
     parser = run_parser("Look inside the loop of a trained run.")
     option = parser.add_argument
-    option("--prompt", required=True, action="append", help="The text to read. A second one is compared.")
+    option("--prompt", required=True, help="The text to read.")
     option("--tokens", type=number(1, SHOWN_TOKENS), default=12, help="How many the terminal shows. [12]")
     option("--page", type=Path, help="The page to write. [look.html in the folder of the run]")
     options = parser.parse_args(argv)
-    if len(options.prompt) > 2:
-        raise UserError(f"--prompt is given {len(options.prompt)} times; give one prompt, or two to compare")
     page = options.page or default_page(options.run)
     if page.is_dir():
         raise UserError(f"--page {page}: is a folder; give the name of a file in it")
@@ -216,27 +185,15 @@ def main(argv=None):
     device = pick_device(options.device)
     model = open_run(options.run, options.model, pick_dtype("auto", device), device)
     tokenizer = load_tokenizer(model.source)
-    prompts, diagonals = [], []
-    for prompt in options.prompt:
-        values, m = look_inside(model, tokenizer, prompt, options.depth)
-        prompts.append(values)
-        diagonals.append(m)
-    comparison = compare(diagonals)
-    data = {
-        "summary": summary(options.run, prompts, comparison),
-        "projections": NAMES[: diagonals[0].shape[2]],  # none without a modulation
-        "prompts": prompts,
-        "comparison": comparison,
-    }
-    write_page(page, data)
+    values, diagonals = look_inside(model, tokenizer, options.prompt, options.depth)
+    values["summary"] = summary(options.run, values)
+    values["projections"] = NAMES[: diagonals.shape[2]]  # none without a modulation
+    write_page(page, values)
 
-    print("\n".join(data["summary"]))
+    print("\n".join(values["summary"]))
     print(f"\n{LEGEND}")
-    for n, prompt in enumerate(prompts, start=1):
-        print_prompt(f"Prompt {n}", prompt, data["projections"], options.tokens)
-    if comparison is not None:
-        print_comparison(comparison)
-    print(f"\nThe page {page} shows up to {SHOWN_TOKENS} tokens of a prompt. Open it in a browser.")
+    print_steps(values, options.tokens)
+    print(f"\nThe page {page} shows up to {SHOWN_TOKENS} tokens. Open it in a browser.")
 
 
 def default_page(run: str) -> Path:
@@ -247,31 +204,22 @@ def default_page(run: str) -> Path:
     return folder / "look.html" if folder.is_dir() else Path("look.html")
 
 
-def summary(run: str, prompts: list[dict], comparison: dict | None) -> list[str]:
-    """The sentences above the values of the prompts."""
-    openings, movements, settled = [], [], []
-    for prompt in prompts:
-        for step in prompt["steps"]:
-            openings += step["opening"]
-            movements += step["movement"]
-        for first, last in zip(prompt["steps"][0]["would_say"], prompt["steps"][-1]["would_say"]):
-            settled.append(first[0] == last[0])
-    depth = len(prompts[0]["steps"])
+def summary(run: str, values: dict) -> list[str]:
+    """The sentences above the values."""
+    steps = values["steps"]
+    opening = fmean(fmean(step["opening"]) for step in steps)
+    movement = fmean(fmean(step["movement"]) for step in steps)
     sentences = [
-        f"In {run}, a step of the loop takes over {fmean(openings):.0%} of the layer's output on average and "
-        f"moves the state by {fmean(movements):.0%}."
+        f"In {run}, a step of the loop takes over {opening:.0%} of the layer's output on average and "
+        f"moves the state by {movement:.0%}."
     ]
-    if depth > 1:
+    if len(steps) > 1:
+        pairs = zip(steps[0]["would_say"], steps[-1]["would_say"])
+        settled = [first[0] == last[0] for first, last in pairs]
         sentences.append(
             f"For {sum(settled)} of {len(settled)} tokens, the likeliest next token after the first step is "
             "that after the last."
         )
-    if comparison is not None:
-        compared = comparison["compared"]
-        sentence = f"The diagonals of two {compared}s differ by {comparison['at_same_step']:.3f}"
-        if depth > 1:
-            sentence += f" at the same step, and those of two steps by {comparison['between_steps']:.3f}"
-        sentences.append(sentence + ".")
     return sentences
 
 
@@ -285,33 +233,25 @@ moves: how far the step moves the state, relative to the length of the state
 q to down: the root mean square of the diagonal m of each projection, where there is a modulation"""
 
 
-def print_prompt(name: str, prompt: dict, projections: list[str], last: int):
+def print_steps(values: dict, last: int):
     """A table of the steps for each of the last tokens."""
-    tokens = prompt["tokens"]
+    tokens = values["tokens"]
     first = max(0, len(tokens) - last)
-    print(f"\n{name}: the last {len(tokens) - first} of {prompt['left_out'] + len(tokens)} tokens")
+    print(f"\nThe last {len(tokens) - first} of {values['left_out'] + len(tokens)} tokens")
     for i in range(first, len(tokens)):
-        title = f"token {prompt['left_out'] + i + 1}: {quoted(tokens[i])}"
+        title = f"token {values['left_out'] + i + 1}: {quoted(tokens[i])}"
         if i + 1 < len(tokens):
             title += f", followed by {quoted(tokens[i + 1])}"
         print(f"\n{title}")
-        columns = "".join(f"{name:>6}" for name in projections)
+        columns = "".join(f"{name:>6}" for name in values["projections"])
         print(f"step  {'would say':36}  p(next)  opens  moves{columns}")
-        for t, step in enumerate(prompt["steps"], start=1):
+        for t, step in enumerate(values["steps"], start=1):
             row = f"{t:4}  "
             for text, p in zip(step["would_say"][i][:2], step["p"][i]):
                 row += f"{p:.2f} {quoted(text):13}"
             next_p = "-" if step["next_p"][i] is None else f"{step['next_p'][i]:.3f}"
             row += f"  {next_p:>7}  {step['opening'][i]:5.2f}  {step['movement'][i]:5.2f}"
             print(row + "".join(f"{size:6.2f}" for size in step["sizes"][i]))
-
-
-def print_comparison(comparison: dict):
-    """A table with a row for each step."""
-    print(f"\nThe difference of the diagonals of two {comparison['compared']}s, in relation to the mean")
-    print("step" + "".join(f"{name:>6}" for name in NAMES))
-    for t, row in enumerate(comparison["ratio"], start=1):
-        print(f"{t:4}" + "".join(f"{value:6.2f}" for value in row))
 
 
 def quoted(text: str) -> str:

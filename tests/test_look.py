@@ -1,6 +1,5 @@
-"""look.py: the values of each step, their comparison, the terminal and the page."""
+"""look.py: the values of each step, the terminal and the page."""
 
-import itertools
 import json
 import re
 from dataclasses import replace
@@ -99,26 +98,6 @@ def test_opening_movement_diagonals_and_updates_are_those_of_the_equations(kind)
                 assert_close(step["updates"][n][i], update.norm() / (W @ x + b).norm())
 
 
-def test_differences_are_those_of_all_pairs():
-    diagonals = torch.randn(4, 3, 7, 5)  # tokens, steps, projections, rank
-    comparison = look.compare([diagonals])
-    pairs = torch.stack([(a - b).square() for a, b in itertools.combinations(diagonals, 2)])
-    assert_close(comparison["difference"], pairs.mean((0, 3)).sqrt())
-    assert_close(comparison["at_same_step"], pairs.mean().sqrt())
-    size = diagonals.mean(0).square().mean(-1).sqrt()
-    assert_close(comparison["size"], size)
-    assert_close(comparison["ratio"], pairs.mean((0, 3)).sqrt() / size)
-    pairs = [(diagonals[:, s] - diagonals[:, t]).square() for s, t in itertools.combinations(range(3), 2)]
-    assert_close(comparison["between_steps"], torch.stack(pairs).mean().sqrt())
-
-    first, second = torch.randn(4, 1, 7, 5), torch.randn(9, 1, 7, 5)  # two prompts, one step
-    comparison = look.compare([first, second])
-    assert_close(comparison["difference"], (first.mean(0) - second.mean(0)).square().mean(-1).sqrt())
-    assert comparison["between_steps"] is None
-    assert look.compare([first[:1]]) is None  # one token
-    assert look.compare([first[:, :, :0]]) is None  # no modulation
-
-
 # ---- The command -----------------------------------------------------------------------------------------
 
 
@@ -139,34 +118,31 @@ def data_of(page: Path) -> dict:
 
 
 def test_the_command_prints_aligned_tables_and_writes_the_page(run, capsys):
-    prompts = ["--prompt", PROMPT, "--prompt", "one more\n\udcff"]  # a byte that is no UTF-8
-    look.main([str(run), *prompts, "--tokens", "2", "--depth", "3", "--device", "cpu"])
+    prompt = f"{PROMPT}\n\udcff"  # a byte that is no UTF-8
+    look.main([str(run), "--prompt", prompt, "--tokens", "2", "--depth", "3", "--device", "cpu"])
     printed = capsys.readouterr().out
     data = data_of(run / "look.html")
-    assert printed.splitlines()[:3] == data["summary"]
-    assert "two prompts differ" in data["summary"][2]
+    assert printed.splitlines()[:2] == data["summary"]
 
     tables = re.findall(r"^step  would say.*\n(?: +\d .*\n)+", printed, re.MULTILINE)
-    assert len(tables) == 4  # two tokens of each prompt
+    assert len(tables) == 2  # two tokens
     for table in tables:
         header, *rows = table.splitlines()
         assert header.split()[-7:] == data["projections"] == look.NAMES
         assert len(rows) == 3
         assert {len(row) for row in rows} == {len(header)}
-    step = data["prompts"][0]["steps"][2]
+    step = data["steps"][2]
     last_row = tables[1].splitlines()[-1].split()
     assert last_row[-10:-7] == ["-", f"{step['opening'][-1]:.2f}", f"{step['movement'][-1]:.2f}"]
     assert last_row[-7:] == [f"{size:.2f}" for size in step["sizes"][-1]]
-    assert "".join(data["prompts"][0]["tokens"]) == PROMPT
-    assert "".join(data["prompts"][1]["tokens"]) == "one more\\n?"
-    assert len(data["comparison"]["ratio"]) == 3
+    assert "".join(data["tokens"]) == f"{PROMPT}\\n?"
 
 
 def test_no_text_can_leave_its_place_in_the_page_and_the_page_asks_nobody(tmp_path):
     page = tmp_path / "look.html"
     hostile = "</script><script>alert(1)</script><!--<script>"
-    look.write_page(page, {"prompts": [{"tokens": [hostile]}]})
-    assert data_of(page) == {"prompts": [{"tokens": [hostile]}]}
+    look.write_page(page, {"tokens": [hostile]})
+    assert data_of(page) == {"tokens": [hostile]}
     template = look.TEMPLATE.read_text()
     for tag in ("<script", "</script", "<!--"):
         assert page.read_text().count(tag) == template.count(tag)
@@ -177,8 +153,6 @@ def test_no_text_can_leave_its_place_in_the_page_and_the_page_asks_nobody(tmp_pa
 def test_what_a_person_can_mend_is_a_user_error(run, tmp_path):
     with pytest.raises(UserError, match="--prompt is empty"):
         look.main([str(run), "--prompt", ""])
-    with pytest.raises(UserError, match="--prompt is given 3 times"):
-        look.main([str(run), *["--prompt", "a"] * 3])
     with pytest.raises(UserError, match="is a folder"):
         look.main([str(run), "--prompt", "a", "--page", str(tmp_path)])
     model = looped_model()
