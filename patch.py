@@ -149,7 +149,7 @@ RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @torch.no_grad()
-def mend_seams(model: Patched, full: Qwen, ids, batch_size: int):
+def mend_seams(model: Patched, full: Qwen, ids, batch_size=8):
     """Set P_in and P_out of a new model so that the states after the seams are near those of the full model.
 
     ids [N, T]: sequences of training text, read batch_size at a time. P_in is fitted first, to the state
@@ -161,17 +161,18 @@ def mend_seams(model: Patched, full: Qwen, ids, batch_size: int):
         raise UserError("the text is too short to fit the seams; give more text")
     first_of_coda = len(full.layers) - len(model.coda)
     # three passes of the full model, because one that keeps three states would be longer
-    h = state_before(full, ids, batch_size, len(model.prelude))
-    target = state_before(full, ids, batch_size, model.settings["recurrent"])
+    h = state_before(full, ids, len(model.prelude), batch_size)
+    target = state_before(full, ids, model.settings["recurrent"], batch_size)
     model.seam_in.P.weight.copy_(fitted_seam(h, target))
 
     rotary = rotary_at(full.config, 0, ids.shape[1], ids.device)
     h = torch.cat([model.loop_step(model.seam_in(batch), 0, rotary) for batch in h.split(batch_size)])
-    target = state_before(full, ids, batch_size, first_of_coda)
+    target = state_before(full, ids, first_of_coda, batch_size)
     model.seam_out.P.weight.copy_(fitted_seam(h, target))
 
 
-def state_before(full: Qwen, ids, batch_size: int, layer: int):
+@torch.no_grad()
+def state_before(full: Qwen, ids, layer: int, batch_size=8):
     """The full model's states [N, T, d] before this layer, counted from 0, for sequences of tokens [N, T]."""
     rotary = rotary_at(full.config, 0, ids.shape[1], ids.device)
     states = []

@@ -52,7 +52,7 @@ class Config:
 # ---- Rotary positions ------------------------------------------------------------------------------------
 
 
-def rotary_at(config: Config, first: int, length: int, device):
+def rotary_at(config: Config, first: int, length: int, device=None):
     """The cosine and the sine of the angles at positions first .. first+length-1, each [length, D], in
     float32.
 

@@ -1,6 +1,7 @@
 """The house stays small: imports run one way on few floors, and the pages name what there is."""
 
 import ast
+import doctest
 import importlib
 import re
 import sys
@@ -15,6 +16,7 @@ import data
 from ouroboros import Ouroboros
 from support.options import build_parser
 
+TOUR = ROOT / "docs" / "tour.md"
 TOP = ["data", "evaluate", "look", "ouroboros", "patch", "qwen", "sample", "test_ouroboros", "train"]
 FILES = {name: ROOT / f"{name}.py" for name in TOP if name != "test_ouroboros"}
 FILES |= {f"support.{path.stem}": path for path in ROOT.glob("support/*.py")}
@@ -53,7 +55,7 @@ def test_no_file_loads_a_pickle_and_train_has_at_most_26_options():
 
 
 def test_every_command_of_the_pages_names_a_program_and_options_that_there_are(monkeypatch, capsys):
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
     text = "\n".join(page.read_text() for page in pages)
     commands = re.findall(r"(?:python|\d) ((?:\w+/)?\w+)\.py([^`\n]*)", text)
     assert len(commands) > 5
@@ -68,11 +70,19 @@ def test_every_command_of_the_pages_names_a_program_and_options_that_there_are(m
             assert re.search(f"{option}(?![a-z-])", helps[program]), f"{program}.py has no {option}"
 
 
-def test_the_python_blocks_of_contributing_do_what_the_page_says(monkeypatch, tmp_path):
+def test_the_tour_prints_what_it_shows_and_names_tests_that_there_are(monkeypatch, tmp_path):
+    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testfile(str(TOUR), module_relative=False, encoding="utf-8").failed == 0
+    tests = "".join(path.read_text() for path in [ROOT / "test_ouroboros.py", *ROOT.glob("tests/*.py")])
+    assert all(f"def {name}(" in tests for name in re.findall(r"`(test_\w+)`", TOUR.read_text()))
+
+
+def test_the_variants_of_the_tour_do_what_the_page_says(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "BUILT_IN_TEXTS", data.BUILT_IN_TEXTS.copy())
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", TOUR.read_text(), re.DOTALL):
         exec(block, names)
     classes = [value for value in names.values() if isinstance(value, type)]
     for kind in [kind for kind in classes if issubclass(kind, Ouroboros)]:
