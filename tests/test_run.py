@@ -88,6 +88,9 @@ def test_a_run_stopped_twice_ends_bit_for_bit_as_one_left_alone(argv, trained, m
 
 def signal_in_the_second_step(patch: pytest.MonkeyPatch, *numbers: int):
     """Let these signals come while the second step is computed."""
+    for number in numbers:
+        if signal.getsignal(number) == signal.SIG_IGN:  # as in the background of a shell
+            signal.signal(number, signal.default_int_handler)
     rate = train.learning_rate
 
     def interrupted(step, options):
