@@ -23,7 +23,7 @@ from support.machine import progress
 from support.pretrained import END_OF_TEXT, load_tokenizer
 
 CHUNK_CHARACTERS = 8_000_000  # of text in a chunk, about two million tokens
-EVALUATION_SEED = 2**32  # evaluation reads a text in an order of its own, which no --seed gives
+EVALUATION_SEED = 2**32  # evaluation reads a text in an order of its own, whatever --seed is
 
 # ---- Tokens ----------------------------------------------------------------------------------------------
 
@@ -45,7 +45,8 @@ class Tokens:
             raise UserError(
                 f"the tokenizer has no {END_OF_TEXT} token, which ends a document; name another model"
             )
-        self.dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+        self.vocab_size = tokenizer.get_vocab_size()
+        self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         self.chunks = []  # the tokens of the chunks so far
         self.text_chunks = text.chunks(split)  # those that are not tokenised yet
 
@@ -146,31 +147,28 @@ class Batches:
                 i = 0
         return epoch, i, n
 
+    def sequence(self, n: int) -> tuple[np.ndarray, int]:
+        """(sequence n with `offset` more tokens, how many of its first targets do not count)"""
+        epoch, i, place = self.place_of(n)
+        order = shuffled(self.seed, epoch, i, self.sequences_in(i))
+        start = int(order[place]) * self.length
+        window = self.tokens.chunk(i)[start : start + self.length + self.offset]
+        generator = np.random.default_rng((self.seed, n, 0, 1))  # not one that shuffles
+        if generator.random() < self.repeats:
+            return with_repeat(window, self.tokens.vocab_size, generator)
+        return window, 0
+
     def batch(self, first: int, size: int, device="cpu"):
         """Sequences first .. first+size-1 of the training order: (inputs, targets), [size, length] each.
 
         A target that nothing could predict is -100, which no loss counts.
         """
-        windows = []
-        unpredictable = []  # how many tokens of each window are
-        for n in range(first, first + size):
-            epoch, i, place = self.place_of(n)
-            order = shuffled(self.seed, epoch, i, self.sequences_in(i))
-            start = int(order[place]) * self.length
-            window = self.tokens.chunk(i)[start : start + self.length + self.offset]
-            random_tokens = 0
-            generator = np.random.default_rng((self.seed, n))
-            if generator.random() < self.repeats:
-                vocab_size = self.tokens.tokenizer.get_vocab_size()
-                window, random_tokens = with_repeat(window, vocab_size, generator)
-            windows.append(window)
-            unpredictable.append(random_tokens)
-
+        windows, uncounted = zip(*(self.sequence(n) for n in range(first, first + size)))
         ids = torch.from_numpy(np.stack(windows).astype(np.int64))
         inputs = ids[:, : self.length]
         targets = ids[:, self.offset :].clone()
-        for row, count in zip(targets, unpredictable):
-            row[: max(0, count - self.offset)] = -100
+        for row, count in zip(targets, uncounted):
+            row[:count] = -100
         if torch.device(device).type == "cuda":  # the program need not wait for the copy
             inputs = inputs.pin_memory()
             targets = targets.pin_memory()
@@ -189,12 +187,11 @@ def shuffled(seed: int, epoch: int, chunk: int, size: int) -> np.ndarray:
 
 
 def with_repeat(window: np.ndarray, vocab_size: int, generator) -> tuple[np.ndarray, int]:
-    """(a sequence of the window's length that repeats a passage, how many of its tokens are unpredictable).
+    """(a sequence of the window's length that repeats a passage, how many of its first targets do not count).
 
-    The passage has 12 to 128 tokens, and at most half of the window. Four times of five it is the beginning
-    of the window, which is read twice before the text goes on. Otherwise its tokens are random, and it is
-    read again and again: it can only be continued by copying. A cut model loses this ability and does not
-    relearn it from ordinary text.
+    The passage has at most 128 tokens, at most half of the window, and at least a tenth of that. Four times
+    in five it is the beginning of the window, which is read twice before the text goes on. Otherwise the
+    passage is random tokens, repeated to the end, which only copying can predict, after the first reading.
     """
     longest = min(128, len(window) // 2)
     size = generator.integers(max(1, longest // 10), longest + 1)

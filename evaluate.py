@@ -44,7 +44,7 @@ def evaluate(model, batches: Batches, sequences: int, **loop) -> list[float]:
 # ---- What the loss does not show: copying, and choosing among four -----------------------------------------
 
 PASSAGE = 64  # tokens
-ANSWER = 32  # tokens of a continuation among which a model chooses
+QUESTION = 96  # tokens, of which the last third is the answer
 NAMES = ("Anna", "David", "Maria", "Peter")
 
 
@@ -84,24 +84,36 @@ def chosen(model, questions, **loop) -> list[float]:
 
 
 def continuation_questions(starts: list[list[int]]):
-    """The first PASSAGE tokens of a sequence; the tokens that follow, and those of three other sequences."""
+    """Two thirds of a start; the last third, and those of the next three starts. After the last is the first.
+
+    starts: the first tokens of sequences, equally many of each. With fewer than four there is no question.
+    """
     questions = []
-    for n in range(len(starts)):
-        answers = [starts[(n + i) % len(starts)][PASSAGE:] for i in range(4)]
-        questions.append((starts[n][:PASSAGE], answers))
+    if len(starts) < 4:
+        return questions
+    for n, start in enumerate(starts):
+        size = len(start) * 2 // 3
+        answers = [starts[(n + i) % len(starts)][size:] for i in range(4)]
+        questions.append((start[:size], answers))
     return questions
 
 
 def needle_questions(starts: list[list[int]], tokenizer):
-    """A number for each of four names, PASSAGE tokens of text, a name; its number, and the other three."""
+    """A prompt gives numbers to four names, goes on with PASSAGE tokens of text, and asks for a number.
+
+    The answers are the number of that name and the other three.
+    """
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
     random = np.random.default_rng(0)
     questions = []
     for start in starts:
         numbers = dict(zip(random.permutation(NAMES), random.integers(1000, 10_000, size=4)))
         facts = "".join(f"The number of {name} is {number}. " for name, number in numbers.items())
-        prompt = tokenizer.encode(facts).ids + start[:PASSAGE]
-        prompt += tokenizer.encode(f"\nThe number of {NAMES[0]} is").ids
-        answers = [tokenizer.encode(f" {numbers[name]}").ids for name in NAMES]
+        prompt = encode(facts) + start[:PASSAGE] + encode(f"\nThe number of {NAMES[0]} is")
+        answers = [encode(f" {numbers[name]}") for name in NAMES]
         questions.append((prompt, answers))
     return questions
 
@@ -155,18 +167,17 @@ class Evaluation:
                     f"a loss of the {type(model).__name__} on the {batches.tokens.name} is not finite; give "
                     "a smaller --depth or an earlier checkpoint, RUN/step-N, or train with --dtype float32"
                 )
-        vocab_size = self.held_out.tokens.tokenizer.get_vocab_size()
         passages = self._passages(self.sequences)
         generator = torch.Generator().manual_seed(0)
-        random_passages = torch.randint(vocab_size, passages.shape, generator=generator)
+        random_passages = torch.randint(self.held_out.tokens.vocab_size, passages.shape, generator=generator)
         results["copies text"] = copied(model, passages, **loop)
         results["copies random"] = copied(model, random_passages, **loop)
         return results
 
     def choices(self, model, **loop) -> dict[str, list[float]]:
         """{"chooses ...": 1.0 or 0.0 for each question}: four answers, of which one is right."""
-        ids, _ = self.held_out.batch(0, self.held_out.at_most(self.sequences))
-        starts = ids[:, : PASSAGE + ANSWER].tolist()
+        ids, _ = self.held_out.batch(0, self.held_out.at_most(max(4, self.sequences)))
+        starts = ids[:, :QUESTION].tolist()
         needles = needle_questions(starts, self.held_out.tokens.tokenizer)
         return {
             "chooses text": chosen(model, continuation_questions(starts), **loop),
@@ -280,12 +291,12 @@ def main(argv=None):
         evaluation = Evaluation({Path(arguments.data).name: batches}, batches, options.eval_sequences)
     if arguments.sequences is not None:
         evaluation.sequences = arguments.sequences
-    loop = {"depth": arguments.depth}
-    results = {
-        "full": evaluation.results(full) | evaluation.choices(full),
-        "cut": evaluation.results(cut) | evaluation.choices(cut),
-        "ouroboros": evaluation.results(model, **loop) | evaluation.choices(model, **loop),
-    }
+    models = {"full": (full, {}), "cut": (cut, {}), "ouroboros": (model, {"depth": arguments.depth})}
+    results = {}
+    for name, (measured, loop) in models.items():
+        results[name] = evaluation.results(measured, **loop)
+        if model.settings["pool"] == "prefix":  # the other pool sees the answers
+            results[name] |= evaluation.choices(measured, **loop)
     print_table(table_rows(results, labels_of(model, arguments.depth)))
 
 

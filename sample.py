@@ -43,7 +43,7 @@ def main(argv=None):
     keep_freed_memory()
     device = pick_device(options.device)
     dtype = pick_dtype("auto", device)
-    models = []  # (heading, model, its depth)
+    models = []  # (heading, model, the keyword arguments of its forward pass)
     if options.compare:
         looped, full, cut = open_run_and_baselines(options.run, options.model, dtype, device)
         models += [("full model", full, {}), ("cut model", cut, {})]

@@ -95,7 +95,8 @@ def main(argv=None, new_model=None, **values) -> int:
             loss = torch.zeros((), device=device)
             first, end = workers.share(step)
             for ids, targets in training.batches(first, end, options.batch_size, device):  # [B, T] each
-                part = loss_of(ids, targets) * (len(ids) / workers.sequences)
+                counted = (targets != -100).sum()  # the loss is a mean over these
+                part = loss_of(ids, targets) * (counted / (workers.sequences * options.seq_len))
                 part.backward()
                 loss += part.detach()
             loss, stop = workers.sum(parameters, loss, run.wish_to_stop)  # and the gradients
@@ -150,8 +151,9 @@ def paper_or_patch(qwen: Qwen, options) -> Ouroboros:
 def fit_to_text(model: Ouroboros, full: Qwen, training: Batches, options):
     """Set what of a new model comes from text without a step of training: the seams of --patch."""
     if isinstance(model, Patched) and options.seam_tokens > 0:
-        sequences = training.at_most(math.ceil(options.seam_tokens / options.seq_len))
-        ids, _ = training.batch(0, sequences, model.norm.weight.device)
+        text = Batches(training.tokens, options.seq_len, seed=options.seed)  # without repeats
+        sequences = text.at_most(math.ceil(options.seam_tokens / options.seq_len))
+        ids, _ = text.batch(0, sequences, model.norm.weight.device)
         mend_seams(model, full, ids, options.batch_size)
 
 

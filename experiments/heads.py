@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from data import Batches, Tokens, open_text
-from evaluate import PASSAGE, copied, open_run_and_baselines
+from evaluate import PASSAGE, copied, open_run, open_run_and_baselines
 from qwen import load_tokenizer, rotate
 from support.fast import keep_freed_memory
-from support.files import replace_file, run_program
+from support.files import UserError, replace_file, run_program
 from support.machine import pick_device, pick_dtype
 from support.options import number
 from support.report import estimate, markdown_table
@@ -39,20 +39,24 @@ def main(argv=None):
     device = pick_device()
     dtype = pick_dtype("auto", device)
 
+    patched, full, cut = open_run_and_baselines(arguments.runs[0], dtype=dtype, device=device)
+    numbers = kept_layers(patched)
+    recurrent = patched.settings["recurrent"]
     models = {}  # {name: (model, its layers by their number in the full model)}
+    models["full model"] = (full, dict(enumerate(full.layers)))
+    models["cut model"] = (cut, dict(zip(numbers, cut.layers)))
     for run in arguments.runs:
-        patched, full, cut = open_run_and_baselines(run, dtype=dtype, device=device)
-        numbers = kept_layers(patched)
-        models["full model"] = (full, dict(enumerate(full.layers)))
-        models["cut model"] = (cut, dict(zip(numbers, cut.layers)))
+        patched = open_run(run, full, dtype, device)
+        if kept_layers(patched) != numbers or patched.depth != 1:
+            raise UserError(f"{run}: loops, or keeps other layers than {arguments.runs[0]}; leave it out")
         layers = [*patched.prelude, patched.recurrent, *patched.coda]
         models[Path(run).name] = (patched, dict(zip(numbers, layers)))
     _, about = read_run(arguments.runs[0])
     tokenizer = load_tokenizer(full.source)
     batches = Batches(Tokens(open_text(about["options"]["data"]), "held-out", tokenizer), PASSAGE)
-    text, _ = batches.batch(0, arguments.passages)
+    text, _ = batches.batch(0, batches.at_most(arguments.passages))
     generator = torch.Generator().manual_seed(0)
-    random_tokens = torch.randint(tokenizer.get_vocab_size(), text.shape, generator=generator)
+    random_tokens = torch.randint(batches.tokens.vocab_size, text.shape, generator=generator)
 
     scores = {}  # {name of a model: {"previous" or "induction": {layer: the score of each head}}}
     for name, (model, layers) in models.items():
@@ -61,7 +65,6 @@ def main(argv=None):
         print(f"\nHeads with at least {STRONG} of their attention on the {kind} token, as layer.head:")
         print(markdown_table(strong_heads(kind, scores)))
     print("\nCopying after heads are removed:")
-    recurrent = patched.settings["recurrent"]
     print(markdown_table(removals(models, scores, recurrent, text, random_tokens)))
     draw(arguments.out / "heads.png", scores, numbers)
 
@@ -138,26 +141,26 @@ def strong_heads(kind: str, scores: dict) -> list[list[str]]:
 def without_heads(layers: dict, heads: list[tuple[int, int]]):
     """A context in which these heads give zero."""
 
-    def silence(i):
-        ours = [h for layer, h in heads if layer == i]
+    def zero(i):
+        removed = [h for layer, h in heads if layer == i]
 
         def hook(attention, inputs):
             x, rotary, cache, project = inputs
 
-            def without(projection, y, name):
+            def project_without(projection, y, name):
                 if name == "o_proj":
                     y = y.unflatten(-1, (-1, attention.head_dim)).clone()  # [B, T, H, D]
-                    y[:, :, ours] = 0
+                    y[:, :, removed] = 0
                     y = y.flatten(2)
                 return project(projection, y, name)
 
-            return x, rotary, cache, without
+            return x, rotary, cache, project_without
 
         return hook
 
     with ExitStack() as hooks:
         for i, layer in layers.items():
-            hooks.enter_context(layer.self_attn.register_forward_pre_hook(silence(i)))
+            hooks.enter_context(layer.self_attn.register_forward_pre_hook(zero(i)))
         yield
 
 
@@ -172,7 +175,8 @@ def removals(models: dict, scores: dict, recurrent: int, text, random_tokens) ->
         previous = heads_above(scores[name]["previous"], STRONG)
         induction = heads_above(scores[name]["induction"], STRONG)
         strong = {*previous, *induction}
-        others = [head for head in heads_above(scores[name]["previous"], 0.0) if head not in strong]
+        all_heads = [(i, h) for i, row in scores[name]["previous"].items() for h in range(len(row))]
+        others = [head for head in all_heads if head not in strong]
         order = torch.randperm(len(others), generator=generator)[: len(strong)].tolist()
         kinds = {
             "nothing": [],
@@ -196,7 +200,7 @@ def draw(path: Path, scores: dict, kept: list[int]):
     from matplotlib.figure import Figure  # here, since it takes a second
 
     full = scores["full model"]
-    *_, last = scores
+    last = list(scores)[-1]
     figure = Figure(figsize=(8.5, 7), layout="constrained")
     axes = figure.subplots(1, 4, sharey=True)
     panels = [(model, kind) for model in ("full model", last) for kind in ("previous", "induction")]

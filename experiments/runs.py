@@ -66,7 +66,7 @@ def runs_in(folders: list[Path]) -> list[Path]:
 
 
 def read_results(run: Path) -> dict:
-    """{model: {column: the loss of each sequence}} of a run that has ended. Raises UserError if damaged."""
+    """{model: {column: the number of each sequence}} of a run that has ended. Raises UserError if damaged."""
     path = run / RESULTS
     results = read_json(path)
     with reading(path, "the results of a run"):

@@ -171,10 +171,8 @@ def variant(kind: type[Ouroboros], qwen, options) -> Ouroboros:
 
 # ---- The table -------------------------------------------------------------------------------------------
 
-HEAD = [
-    *("row", "seeds", "held-out loss", "copies text", "copies random tokens"),
-    *("token t+2", "share of the gap", "difference", "to"),
-]
+ALSO_SHOWN = ["copies text", "copies random", "held-out, t+2"]  # columns of the results
+HEAD = ["row", "seeds", "held-out", *ALSO_SHOWN, "share of the gap", "difference", "to"]
 LEGEND = """\
 Held-out losses are in nats per token; lower is better. Copying is the share of the tokens of a passage that a
 model predicts when it reads the passage again. The error is that over the sequences, and the number in
@@ -217,14 +215,14 @@ def table(names: list[str], results: dict[str, dict]) -> list[list[str]]:
             difference = summary(paired_differences(losses, reference))
         seeds = str(len(losses)) if losses else "no numbers"
         others = []
-        for name in ("copies text", "copies random", "held-out, t+2"):
+        for name in ALSO_SHOWN:
             others.append(summary(column(results[row.name], name)))
         cells.append([row.name, seeds, summary(losses), *others, share, difference, row.reference or ""])
     return cells
 
 
 def column(runs: dict[int, dict], name: str) -> dict[int, list[float]]:
-    """{seed: the loss of each sequence} in one column, of the runs that have it."""
+    """{seed: the number of each sequence or passage} in one column, of the runs that have it."""
     return {seed: run["ouroboros"][name] for seed, run in runs.items() if name in run["ouroboros"]}
 
 

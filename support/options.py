@@ -152,7 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--patch",
         help="Go past the paper (patch.py): matrices at the seams, fitted to the full model, and adapters. "
-        "Unless they are given: depth 1, no modulation, 3 times the lr, half of the steps, --distill 0.5.",
+        "Unless they are given: depth 1, no modulation, 3 times the lr, half of the steps, --distill 0.5. "
+        "Half of the training sequences repeat a passage.",
         action="store_const",
         const=True,
     )
@@ -180,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("how")
     option(group, "--steps", "The number of optimizer steps.", type=number(0, many))
-    option(group, "--seq-len", "The tokens of a sequence.", type=number(1, 10**6))
+    option(group, "--seq-len", "The tokens of a sequence.", type=number(2, 10**6))
     option(group, "--batch-size", "The sequences of a forward pass.", type=number(1, 10**6))
     option(group, "--accumulation", "The forward passes of an optimizer step.", type=number(1, 10**6))
     option(group, "--lr", "The learning rate, from which a cosine goes to zero.", type=number(1e-12, 1e9))

@@ -62,7 +62,7 @@ def gap_recovered(full: list[float], cut: list[float], looped: list[float]) -> E
 # ---- The table -------------------------------------------------------------------------------------------
 
 
-ACCURACIES = ("copies", "chooses")  # how the names of columns begin that hold shares, not losses
+SHARES = ("copies text", "copies random", "chooses text", "chooses number")  # columns where more is better
 
 
 def table_rows(results: dict, labels: dict) -> list[list[str]]:
@@ -77,15 +77,16 @@ def table_rows(results: dict, labels: dict) -> list[list[str]]:
         cells = []
         for column in columns:
             value = estimate(results[model][column])
-            cells.append(value.percent() if column.startswith(ACCURACIES) else str(value))
+            cells.append(value.percent() if column in SHARES else str(value))
         rows.append([label, *cells])
-    shares = []
+    recovered = []
     for column in columns:
-        sign = -1 if column.startswith(ACCURACIES) else 1  # as of a loss, less is better
-        losses = [[sign * x for x in results[model][column]] for model in ("full", "cut", "ouroboros")]
-        share = gap_recovered(*losses)
-        shares.append("no gap" if share is None else share.percent())
-    rows.append(["gap recovered", *shares])
+        losses = [results[model][column] for model in ("full", "cut", "ouroboros")]
+        if column in SHARES:  # the share of wrong answers is a loss
+            losses = [[1 - right for right in shares] for shares in losses]
+        gap = gap_recovered(*losses)
+        recovered.append("no gap" if gap is None else gap.percent())
+    rows.append(["gap recovered", *recovered])
     return rows
 
 
@@ -93,8 +94,9 @@ def print_table(rows: list[list[str]]):
     """Print the rows of the results table, and what its numbers are."""
     print()
     for row in rows:
-        print(f"{row[0]:24}" + "".join(f"{cell:>18}" for cell in row[1:]))
-    print("Losses are in nats per token. Errors are standard errors over the sequences.", flush=True)
+        print(f"{row[0]:24}" + "".join(f" {cell:>17}" for cell in row[1:]))
+    print("Losses are in nats per token; copies and chooses are shares of right answers.")
+    print("Errors are standard errors over the sequences, passages or questions.", flush=True)
 
 
 # ---- The picture -----------------------------------------------------------------------------------------
@@ -124,18 +126,21 @@ def draw_losses(path: Path, rows: list[dict], results: dict | None):
     evaluated = [row for row in rows if "held_out" in row]
     if evaluated:
         last = evaluated[-1]["held_out"]
-        places = [row["step"] for row in evaluated], [row["held_out"] for row in evaluated]
-        axes.plot(*places, "o-", color="#0057a8", label=f"held-out: {last:.2f}")
+        steps = [row["step"] for row in evaluated]
+        losses = [row["held_out"] for row in evaluated]
+        axes.plot(steps, losses, "o-", color="#0057a8", label=f"held-out: {last:.2f}")
     for model, style in (("cut", ":"), ("full", "--")):
         if results is not None:
             loss = estimate(results[model]["held-out"]).mean
             axes.axhline(loss, color="black", linestyle=style, label=f"{model} model, held-out: {loss:.2f}")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=path.resolve().parent.name)
-    if evaluated and "copies_text" in evaluated[-1]:
-        copied = [row["copies_text"] for row in evaluated]
+    copying = [row for row in evaluated if "copies_text" in row]  # not in runs of an earlier version
+    if copying:
+        steps = [row["step"] for row in copying]
+        shares = [row["copies_text"] for row in copying]
         right = axes.twinx()
-        right.plot(places[0], copied, "s-", color="#b4540a", label="copies of a held-out passage")
-        right.set(ylabel="share of the tokens that are copied", ylim=(0, 1))
+        right.plot(steps, shares, "s-", color="#b4540a", label=f"copies text: {shares[-1]:.0%}")
+        right.set(ylabel="share of a held-out passage that is copied", ylim=(0, 1))
         right.legend(loc="upper right")
     axes.legend(loc="upper center")
     replace_file(path, lambda part: figure.savefig(part, dpi=130, format="png"))
@@ -161,7 +166,8 @@ that they are the same. Their licence applies to this model too.
 
 {table}
 
-A held-out loss is the mean over {sequences} sequences of {seq_len} tokens. Nothing else was measured.
+A loss is the mean over {sequences} sequences of {seq_len} tokens. *copies* is the share of a passage's tokens
+that the model finds likeliest when it reads the passage again.
 
 In the folder of "Ouroboros from scratch", where OWNER/NAME is this repository:
 

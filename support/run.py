@@ -73,7 +73,8 @@ def read_log(run: Path) -> list[dict]:
             lines = log.read_text(encoding="utf-8").split("\n")
             for line in lines[:-1]:  # a row without an end of line was cut short when the program was killed
                 row = json.loads(line)
-                row["step"] + row["loss"] + row["tokens_per_s"]  # KeyError or TypeError where it is no row
+                for key in ("step", "loss", "tokens_per_s"):
+                    row[key] + 0  # KeyError or TypeError where it is no row
                 rows.append(row)
     return rows
 
@@ -95,7 +96,8 @@ class Run:
         self.goes_on = False  # in the folder that is resumed
         if options.resume is not None:
             self.goes_on = options.out is None and len(checkpoints_of(options.resume)) > 0
-            options.threads = options.threads if self.goes_on else None  # a new run tries it again
+            if not self.goes_on:
+                options.threads = None  # a new run tries it again
         self.signals = StopSignals()
         self.reader_is_gone = False
         self.speeds = []  # tokens per second of the steps so far
@@ -266,7 +268,7 @@ class Run:
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,} tokens/s", refresh=False)
         self.bar.update()
         self.speeds.append(row["tokens_per_s"])
-        if is_slow(self.speeds) and not self.said_slow:
+        if not self.said_slow and is_slow(self.speeds):
             self.said_slow = True
             self.say(
                 "warning: steps take three times as long as before; end what else uses this machine, or stop "
