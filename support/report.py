@@ -111,7 +111,7 @@ def draw_losses(path: Path, rows: list[dict], results: dict | None):
         return
     from matplotlib.figure import Figure  # here, since it takes a second
 
-    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.subplots()
     steps = [row["step"] for row in rows]
     losses = [row["loss"] for row in rows]
@@ -141,8 +141,7 @@ def draw_losses(path: Path, rows: list[dict], results: dict | None):
         right = axes.twinx()
         right.plot(steps, shares, "s-", color="#b4540a", label=f"copies text: {shares[-1]:.0%}")
         right.set(ylabel="share of a held-out passage that is copied", ylim=(0, 1))
-        right.legend(loc="upper right")
-    axes.legend(loc="upper center")
+    figure.legend(loc="outside lower center", ncols=3)  # of both axes
     replace_file(path, lambda part: figure.savefig(part, dpi=130, format="png"))
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import TOKENIZER
 
-from experiments import benchmark, runs, study, variants
+from experiments import benchmark, heads, runs, study, variants
 from experiments.study import Row
 from ouroboros import Ouroboros
-from qwen import Qwen, load_tokenizer
+from qwen import Qwen, apply_projection, load_tokenizer, rotary_at
 from support.files import UserError
 from support.run import Run, read_log
 from train import make_optimizer
@@ -141,6 +141,43 @@ def test_a_blind_controller_sees_no_text(kind, pretrained):
     model.controller.heads.weight.data.normal_()
     first, second = (model.diagonals(torch.randn(1, 5, 32), 1)["q_proj"] for _ in range(2))
     assert torch.equal(first, second) and first.abs().sum() > 0
+
+
+# ---- heads.py ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_weights_of_the_heads_give_the_attention_and_a_removed_head_gives_zero(pretrained):
+    model = new_variant(Ouroboros, pretrained)
+    layers = {5: model.prelude[0]}
+    attention = model.prelude[0].self_attn
+    rotary = rotary_at(model.config, 0, 12)
+    x = torch.randn(2, 12, 32)
+    weights = heads.attention_weights(attention, x, rotary, None, apply_projection)  # [B, H, T, T]
+    v = attention.split_heads(attention.v_proj(x))
+    v = v.repeat_interleave(weights.shape[1] // v.shape[1], dim=1)
+    expected = attention.o_proj((weights @ v).transpose(1, 2).flatten(2))
+    inputs = (x, rotary, None, apply_projection)
+    assert torch.allclose(attention(*inputs), expected, atol=1e-5)
+    with heads.without_heads(layers, [(5, h) for h in range(weights.shape[1])]):
+        assert not attention(*inputs).any()
+    with heads.without_heads(layers, [(5, 0)]):
+        v[:, 0] = 0
+        expected = attention.o_proj((weights @ v).transpose(1, 2).flatten(2))
+        assert torch.allclose(attention(*inputs), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_scores_are_those_of_the_token_before_and_of_the_one_that_followed(pretrained, monkeypatch):
+    model = Qwen.from_pretrained(pretrained)
+    passages = torch.arange(8).reshape(2, 4)
+    weights = torch.rand(2, 3, 8, 8)  # of any head; rows are the queries of a passage that is read twice
+    monkeypatch.setattr(heads, "attention_weights", lambda *_: weights)
+    scores = heads.head_scores(model, {0: model.layers[0]}, passages)
+    previous = [weights[:, :, i, i - 1] for i in range(5, 8)]
+    assert torch.allclose(scores["previous"][0], torch.stack(previous).mean((0, 1)))
+    induction = [weights[:, :, i, i - 3] for i in range(4, 8)]  # i - 4 is the same token, i - 3 what followed
+    assert torch.allclose(scores["induction"][0], torch.stack(induction).mean((0, 1)))
 
 
 # ---- benchmark.py ----------------------------------------------------------------------------------------
