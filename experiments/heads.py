@@ -39,9 +39,9 @@ def main(argv=None):
     device = pick_device()
     dtype = pick_dtype("auto", device)
 
-    patched, full, cut = open_run_and_baselines(arguments.runs[0], dtype=dtype, device=device)
-    numbers = kept_layers(patched)
-    recurrent = patched.settings["recurrent"]
+    first, full, cut = open_run_and_baselines(arguments.runs[0], dtype=dtype, device=device)
+    numbers = kept_layers(first)
+    recurrent = first.settings["recurrent"]
     models = {}  # {name: (model, its layers by their number in the full model)}
     models["full model"] = (full, dict(enumerate(full.layers)))
     models["cut model"] = (cut, dict(zip(numbers, cut.layers)))

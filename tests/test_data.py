@@ -224,7 +224,7 @@ def test_a_share_of_the_sequences_repeats_a_passage_of_the_text_or_of_random_tok
     sizes = {"text": [], "random": []}
     for row, aims, plain_row in zip(ids, targets, plain):
         unpredictable = (aims == -100).sum().item()
-        if unpredictable > 0:  # random tokens; nothing announces the second reading, so its first counts not
+        if unpredictable > 0:  # random tokens; the first one of the second reading does not count
             size = unpredictable
             assert torch.equal(row[size:], row[:-size])
             assert (aims[:unpredictable] == -100).all()
