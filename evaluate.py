@@ -57,10 +57,10 @@ def copied(model, passages, **loop) -> list[float]:
     P = passages.shape[1]
     shares = []
     with eager():
-        for passage in progress(passages.split(1), desc="copying", unit=" passages"):
-            ids = torch.cat([passage, passage], dim=1).to(model.norm.weight.device)  # [1, 2P]
+        for passage in progress(passages.split(4), desc="copying", unit=" batches"):
+            ids = torch.cat([passage, passage], dim=1).to(model.norm.weight.device)  # [B, 2P]
             likeliest = model(ids, **loop)[:, P:-1].argmax(-1)  # for tokens 1 .. P-1 of the passage
-            shares.append((likeliest == ids[:, P + 1 :]).float().mean().item())
+            shares += (likeliest == ids[:, P + 1 :]).float().mean(1).tolist()
     return shares
 
 

@@ -81,11 +81,10 @@ def table_rows(results: dict, labels: dict) -> list[list[str]]:
         rows.append([label, *cells])
     recovered = []
     for column in columns:
-        losses = [results[model][column] for model in ("full", "cut", "ouroboros")]
-        if column in SHARES:  # the share of wrong answers is a loss
-            losses = [[1 - right for right in shares] for shares in losses]
-        gap = gap_recovered(*losses)
-        recovered.append("no gap" if gap is None else gap.percent())
+        gap = None
+        if column not in SHARES:
+            gap = gap_recovered(*(results[model][column] for model in ("full", "cut", "ouroboros")))
+        recovered.append("" if gap is None else gap.percent())
     rows.append(["gap recovered", *recovered])
     return rows
 
@@ -94,7 +93,7 @@ def print_table(rows: list[list[str]]):
     """Print the rows of the results table, and what its numbers are."""
     print()
     for row in rows:
-        print(f"{row[0]:24}" + "".join(f" {cell:>17}" for cell in row[1:]))
+        print((f"{row[0]:24}" + "".join(f" {cell:>17}" for cell in row[1:])).rstrip())
     print("Losses are in nats per token; copies and chooses are shares of right answers.")
     print("Errors are standard errors over the sequences, passages or questions.", flush=True)
 
