@@ -80,7 +80,7 @@ def main(argv=None):
 
 
 class Lookups:
-    """Makes sequences of lookups: (ids, targets), [size, T] each. A target is -100 where none is asked for."""
+    """Makes sequences of lookups: (ids, targets), [size, T] each. A target is -100 but at a query."""
 
     def __init__(self, tokenizer, device):
         words = []

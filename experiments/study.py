@@ -22,10 +22,7 @@ from experiments.variants import (
     OwnBases,
     RandomBases,
     Released,
-    Static30,
     Static100,
-    TokenInput,
-    ZeroInput,
 )
 from ouroboros import Ouroboros
 from qwen import load_tokenizer
@@ -60,19 +57,14 @@ ROWS = [
     Row("depth1", "--depth 1"),
     Row("depth1-none", "--depth 1 --modulation none", "depth1"),
     Row("depth1-static", f"--depth 1 {STATIC}", "depth1"),
-    Row("depth1-static-x30", f"--depth 1 {STATIC}", "depth1", Static30),
-    Row("depth1-zero-input", "--depth 1", "depth1", ZeroInput),
     Row("depth1-mean-input", "--depth 1", "depth1", MeanInput),
-    Row("depth1-token-input", "--depth 1", "depth1", TokenInput),
     Row("depth4", "--depth 4", "depth1"),
     Row("depth4-static", f"--depth 4 {STATIC}", "depth4"),
     Row("depth8", "--depth 8", "depth4"),
     Row("depth8-none", "--depth 8 --modulation none", "depth8"),
     Row("depth8-static", f"--depth 8 {STATIC}", "depth8"),
     Row("depth8-static-x100", f"--depth 8 {STATIC}", "depth8", Static100),
-    Row("depth8-zero-input", "--depth 8", "depth8", ZeroInput),
     Row("depth8-mean-input", "--depth 8", "depth8", MeanInput),
-    Row("depth8-token-input", "--depth 8", "depth8", TokenInput),
     # The other parts of the system.
     Row("no-gate", "--depth 8 --no-gate", "depth8"),
     Row("no-step-norm", "--depth 8 --no-step-norm", "depth8"),

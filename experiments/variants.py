@@ -14,14 +14,7 @@ from patch import Adapter
 from qwen import PROJECTIONS, rotary_at
 from support.fast import promote
 
-# ---- Other inputs of the Controller ----------------------------------------------------------------------
-
-
-class ZeroInput(Ouroboros):
-    """The Controller sees zeros in the place of the pooled state, so that it knows the step alone."""
-
-    def diagonals(self, h, t: int, step_cache=None):
-        return self.controller(torch.zeros_like(h[:, :1]), t)
+# ---- Another input of the Controller ---------------------------------------------------------------------
 
 
 class MeanInput(Ouroboros):
@@ -47,51 +40,32 @@ class MeanInput(Ouroboros):
         return self.controller(self.mean_input.to(h.dtype).expand(len(h), 1, -1), t)
 
 
-class TokenInput(Ouroboros):
-    """The Controller sees the state of the token itself, without any mean."""
-
-    def diagonals(self, h, t: int, step_cache=None):
-        return self.controller(h, t)
-
-
 # ---- A faster static table -------------------------------------------------------------------------------
 
 
 class FastTable(StaticModulation):
-    """A static table that learns `times` as fast as its learning rate says: m = times * table.
+    """A static table that learns 100 times as fast as its learning rate says: m = 100 * table.
 
     AdamW moves an entry of the table by about the learning rate in each step, however large its gradient is.
     The gradient is that of m itself, so that clipping treats it as it would with a larger learning rate.
     """
 
-    def __init__(self, rank: int, times: float):
-        super().__init__(rank)
-        self.times = times
-
     def forward(self, t: int):
         entries = self.table[t]
-        m = entries + (self.times - 1) * entries.detach()
+        m = entries + (100 - 1) * entries.detach()
         return dict(zip(PROJECTIONS, m))
 
 
-class Static30(Ouroboros):
-    """Static modulation, whose table has a larger learning rate than the gate and the step norm.
+class Static100(Ouroboros):
+    """Static modulation, whose table has 100 times the learning rate of the gate and the step norm.
 
     An entry of the table can move by at most the sum of the learning rates of a run. The diagonals of the
     Controller are products of many weights and grow further, so that equal rates are not a fair comparison.
     """
 
-    TIMES = 30
-
     def __init__(self, qwen, **settings):
         super().__init__(qwen, **settings)
-        self.controller = FastTable(self.settings["rank"], self.TIMES).to(self.norm.weight.device)
-
-
-class Static100(Static30):
-    """The same at 100 times the rate."""
-
-    TIMES = 100
+        self.controller = FastTable(self.settings["rank"]).to(self.norm.weight.device)
 
 
 # ---- Other bases -----------------------------------------------------------------------------------------

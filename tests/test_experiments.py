@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import TOKENIZER
 
-from experiments import benchmark, heads, runs, study, variants
+from experiments import benchmark, heads, lookups, runs, study, variants
 from experiments.study import Row
 from ouroboros import Ouroboros
 from qwen import Qwen, apply_projection, load_tokenizer, rotary_at
@@ -97,10 +97,8 @@ def test_a_difference_is_paired_by_sequence_and_seed():
 IDS = torch.arange(48).reshape(2, 24) % 400
 NOTHING = dict(modulation="none", gate=False, step_norm=False)
 KINDS = {
-    variants.ZeroInput: {},
     variants.MeanInput: {},
-    variants.TokenInput: {},
-    variants.Static30: {"modulation": "static"},
+    variants.Static100: {"modulation": "static"},
     variants.RandomBases: {},
     variants.OwnBases: {},
     variants.Released: {},
@@ -135,9 +133,8 @@ def test_a_variant_trains_and_is_loaded_as_it_was(kind, pretrained, tmp_path):
         assert model.generate(IDS[:, :4], 3).shape == (2, 7)
 
 
-@pytest.mark.parametrize("kind", [variants.ZeroInput, variants.MeanInput])
-def test_a_blind_controller_sees_no_text(kind, pretrained):
-    model = new_variant(kind, pretrained)
+def test_a_blind_controller_sees_no_text(pretrained):
+    model = new_variant(variants.MeanInput, pretrained)
     model.controller.heads.weight.data.normal_()
     first, second = (model.diagonals(torch.randn(1, 5, 32), 1)["q_proj"] for _ in range(2))
     assert torch.equal(first, second) and first.abs().sum() > 0
@@ -178,6 +175,25 @@ def test_the_scores_are_those_of_the_token_before_and_of_the_one_that_followed(p
     assert torch.allclose(scores["previous"][0], torch.stack(previous).mean((0, 1)))
     induction = [weights[:, :, i, i - 3] for i in range(4, 8)]  # i - 4 is the same token, i - 3 what followed
     assert torch.allclose(scores["induction"][0], torch.stack(induction).mean((0, 1)))
+
+
+# ---- lookups.py ------------------------------------------------------------------------------------------
+
+
+def test_the_lines_of_a_sequence_answer_its_queries_in_one_step_and_in_two():
+    task = lookups.Lookups(load_tokenizer("tiny"), "cpu")
+    ids, targets = task.batch(3, torch.Generator().manual_seed(0))
+    one_step, two_steps = task.marks.tolist()
+    for sequence, answers in zip(ids, targets):
+        lines, queries = sequence.split([4 * 3, 3 * 2])
+        follower = {a: b for a, b, _ in lines.view(4, 3).tolist()}
+        marks, asked = queries.view(3, 2).T.tolist()
+        assert sorted(marks) == sorted([one_step, two_steps, two_steps])
+        expected = []
+        for mark, a in zip(marks, asked):
+            expected.append(follower[a] if mark == one_step else follower[follower[a]])
+        assert answers[answers != -100].tolist() == expected
+        assert answers[13::2].tolist() == expected  # each is asked for at its a
 
 
 # ---- benchmark.py ----------------------------------------------------------------------------------------

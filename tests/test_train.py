@@ -15,7 +15,7 @@ from data import Batches, Tokens, open_text
 from ouroboros import Ouroboros
 from qwen import Qwen, load_tokenizer
 from support.files import UserError, read_checkpoint
-from support.options import parse_options
+from support.options import DEFAULTS, PAPER_MODEL, PATCH, SMALL_MODEL, parse_options
 from support.run import checkpoints_of, read_log
 
 # ---- What the tests of runs share ------------------------------------------------------------------------
@@ -121,27 +121,6 @@ class Keeping:
 
 # ---- The options -----------------------------------------------------------------------------------------
 
-COLUMNS = {  # tiny, another model on a CPU, CUDA: as docs/using.md has them
-    "steps": (1000, 60, 1000),
-    "seq_len": (256, 256, 2048),
-    "batch_size": (4, 4, 2),
-    "accumulation": (1, 1, 16),
-    "lr": (2e-3, 1e-3, 3e-4),
-    "warmup": (20, 6, 50),
-    "norm_lr_scale": (50, 50, 1),
-    "eval_every": (200, 12, 200),
-    "eval_sequences": (128, 32, 32),
-    "data": ("python", "python", "fineweb-edu"),
-    "model": ("tiny", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B"),
-}
-EVERYWHERE = dict(
-    threads=None, depth=8, rank=32, modulation="controller", pool="prefix", gate=True, step_norm=True
-)
-EVERYWHERE |= dict(
-    target_offset=1, cut=None, patch=False, distill=0.0, repeats=0.0, seed=0, seam_tokens=12_288
-)
-EVERYWHERE |= dict(device="auto", dtype="bfloat16", compile="auto", save_every=100, out=None, resume=None)
-
 
 def pretend(patch: pytest.MonkeyPatch, device: str):
     """Let this machine look like one with this device."""
@@ -150,34 +129,24 @@ def pretend(patch: pytest.MonkeyPatch, device: str):
     patch.setattr("support.options.multiplies_bfloat16", lambda device: True)
 
 
-@pytest.mark.parametrize("column", [0, 1, 2])
-@pytest.mark.parametrize("patch", [False, True])
-def test_every_option_has_the_default_that_the_docs_name(column, patch, monkeypatch):
-    pretend(monkeypatch, "cuda" if column == 2 else "cpu")
-    argv = ["--model", "Qwen/Qwen2.5-0.5B"] if column == 1 else []
-    expected = EVERYWHERE | {name: values[column] for name, values in COLUMNS.items()}
-    if patch:
-        argv.append("--patch")
-        expected |= dict(patch=True, depth=1, modulation="none", gate=False, step_norm=False, distill=0.5)
-        expected |= dict(lr=3 * expected["lr"], steps=expected["steps"] // 2, repeats=0.5)
-    assert vars(parse_options(argv)[0]) == expected
+@pytest.mark.parametrize(
+    "column, argv, device, model",
+    [(0, [], "cpu", "tiny"), (1, ["--model", SMALL_MODEL], "cpu", SMALL_MODEL), (2, [], "cuda", PAPER_MODEL)],
+)
+def test_model_and_device_choose_a_column_and_patch_has_values_of_its_own(
+    column, argv, device, model, monkeypatch
+):
+    pretend(monkeypatch, device)
+    plain = vars(parse_options(argv)[0])
+    assert plain["model"] == model
+    assert {name: values[column] for name, values in DEFAULTS.items()}.items() <= plain.items()
+    own = PATCH | dict(patch=True, distill=0.5, lr=3 * plain["lr"], steps=plain["steps"] // 2)
+    assert vars(parse_options([*argv, "--patch"])[0]) == plain | own
 
 
 def test_what_is_given_beats_every_default_also_what_has_no_option():
-    argv = [
-        "--patch",
-        "--depth",
-        "3",
-        "--modulation",
-        "static",
-        "--distill",
-        "0",
-        "--lr",
-        "1",
-        "--steps",
-        "7",
-    ]
-    options, _ = parse_options(argv, warmup=3, cut=[1, 5, 2])
+    line = "--patch --depth 3 --modulation static --distill 0 --lr 1 --steps 7"
+    options, _ = parse_options(line.split(), warmup=3, cut=[1, 5, 2])
     given = dict(depth=3, modulation="static", distill=0.0, lr=1.0, steps=7, warmup=3, cut=[1, 5, 2])
     assert given.items() <= vars(options).items()
     assert parse_options(["--patch", "--target-offset", "2"])[0].distill == 0
