@@ -39,20 +39,23 @@ CACHED = [{}, {"modulation": "static"}, {"modulation": "none"}, {"gate": False},
 ABLATIONS = [*CACHED, {"pool": "sequence"}]  # this one generates without a cache
 
 
-def small_qwen(dtype=torch.float32) -> Qwen:
+def small_qwen(dtype=torch.float32, seed=0, config=SMALL) -> Qwen:
     """A decoder whose random weights are large enough that attention and every bias matter."""
-    torch.manual_seed(0)
-    qwen = Qwen(SMALL)
+    torch.manual_seed(seed)
+    qwen = Qwen(config)
     for p in qwen.parameters():
         mean = 0.0 if p.ndim == 2 else 0.5
         nn.init.normal_(p, mean=mean, std=0.15)
     return qwen.to(dtype).requires_grad_(False)
 
 
-def small_model(dtype=torch.float32, randomise=True, **settings) -> Ouroboros:
-    """A looped model on small_qwen. randomise: move what is trained away from its start."""
+def small_model(dtype=torch.float32, randomise=True, kind=Ouroboros, qwen=None, **settings) -> Ouroboros:
+    """A looped model of 2 + 1 + 2 of the 6 layers of small_qwen, with rank 4 and depth 3.
+
+    randomise: move what is trained away from its start.
+    """
     settings = {"prelude": 2, "recurrent": 3, "coda": 2, "rank": 4, "depth": 3, **settings}
-    model = Ouroboros(small_qwen(dtype), **settings)
+    model = kind(qwen or small_qwen(dtype), **settings)
     if randomise:
         for p in model.trained_parameters().values():
             p.data += 0.05 * torch.randn_like(p)

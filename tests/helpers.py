@@ -8,40 +8,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
 
-from ouroboros import Ouroboros
 from patch import Patched
 from qwen import Qwen
-from test_ouroboros import SMALL
+from test_ouroboros import SMALL, small_model, small_qwen
 from test_ouroboros import tokens as tokens
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder of the programs
 
 # ---- Small models ----------------------------------------------------------------------------------------
-
-
-def small_qwen(seed=0, config=SMALL, dtype=torch.float32) -> Qwen:
-    """A decoder with random weights, large enough that attention and every bias matter."""
-    torch.manual_seed(seed)
-    qwen = Qwen(config)
-    for p in qwen.parameters():
-        mean = 0.0 if p.ndim == 2 else 0.5
-        nn.init.normal_(p, mean=mean, std=0.15)
-    return qwen.to(dtype).requires_grad_(False)
-
-
-def small_model(dtype=torch.float32, randomise=True, kind=Ouroboros, qwen=None, **settings) -> Ouroboros:
-    """A looped model of 2 + 1 + 2 of the 6 layers of small_qwen, with rank 4 and depth 3.
-
-    randomise: move the trained weights away from their start.
-    """
-    settings = {"prelude": 2, "recurrent": 3, "coda": 2, "rank": 4, "depth": 3, **settings}
-    model = kind(qwen or small_qwen(dtype=dtype), **settings)
-    if randomise:
-        for p in model.trained_parameters().values():
-            p.data += 0.05 * torch.randn_like(p)
-    return model.to(dtype)
 
 
 def small_patched(dtype=torch.float32, randomise=True, **settings) -> Patched:
