@@ -3,8 +3,8 @@
 A model reads lines "a b" and "b c" in random order. Then it is asked for the b of an a, which takes one
 lookup, and for its c, which takes two. Source: the claim of arXiv 2604.02051 that one layer, looped, does the
 work of several. The patched model is trained on the answers alone, with one step of the loop and with more.
-All rows of a seed see the same sequences. A run is a line of OUT/results.jsonl; those that are there are not
-trained again.
+Both depths of a seed see the same sequences. A run is a line of OUT/results.jsonl; those that are there are
+not trained again.
 """
 
 import json
@@ -35,44 +35,40 @@ CHAINS = 2  # of a -> b -> c in a sequence, so that a guess between the two c is
 SEQUENCES = 32  # of a training step
 RANK = 16  # of the looped layer's adapter; that of the other layers is 2
 OPENING = 0.5  # o_t of the later steps at the start; at 0 the loop would be one step
-ROWS = [(1, "none"), (4, "none"), (4, "static")]  # (depth, modulation)
+DEPTHS = (1, 4)
 
 
 def main(argv=None):
-    parser = ArgumentParser(description="Train depths on lookups in one and two steps.", usage=SUPPRESS)
+    parser = ArgumentParser(description="Train two depths on lookups in one and two steps.", usage=SUPPRESS)
     option = parser.add_argument
-    option("--model", default="tiny", help="As for train.py. [tiny]")
     option("--steps", type=number(1, 10**6), default=2000, help="Optimizer steps of a run. [2000]")
-    option("--lr", type=number(1e-12, 1.0), default=6e-3, help="The learning rate. [0.006]")
-    option("--seeds", type=number(1, 1000), default=5, help="How many runs a row has. [5]")
+    option("--seeds", type=number(1, 1000), default=5, help="How many runs a depth has. [5]")
     option("--out", type=Path, default=Path("runs/lookups"), help="The folder. [runs/lookups]")
     options = parser.parse_args(argv)
     keep_freed_memory()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.jsonl"
     path.touch()
-    settings = {"model": options.model, "steps": options.steps, "lr": options.lr}
-    runs = {}  # {(depth, modulation, seed): its line}
+    runs = {}  # {(depth, seed): {step: shares_right}}
     for line in path.read_text().splitlines():
         run = json.loads(line)
-        if any(run[name] != value for name, value in settings.items()):
-            raise UserError(f"{path}: holds runs with other options; choose another --out")
-        runs[run["depth"], run["modulation"], run["seed"]] = run
+        runs[run["depth"], run["seed"]] = run["curve"]
+        if str(options.steps) not in run["curve"]:
+            raise UserError(f"{path}: holds runs of another number of steps; choose another --out")
 
     device = pick_device()
-    full = Qwen.from_pretrained(options.model, pick_dtype("auto", device), device)
-    tokenizer = load_tokenizer(options.model)
+    full = Qwen.from_pretrained("tiny", pick_dtype("auto", device), device)
+    tokenizer = load_tokenizer("tiny")
+    lookups = Lookups(tokenizer, device)
     seams = fitted_seams(full, tokenizer)
     for seed in range(options.seeds):
-        for depth, modulation in ROWS:
-            if (depth, modulation, seed) not in runs:
+        for depth in DEPTHS:
+            if (depth, seed) not in runs:
                 torch.manual_seed(seed)
-                model = new_model(full, seams, depth, modulation)
-                run = {**settings, "depth": depth, "modulation": modulation, "seed": seed}
-                run |= train(model, Lookups(tokenizer, device), seed, options)
+                model = new_model(full, seams, depth)
+                runs[depth, seed] = train(model, lookups, seed, options.steps)
                 with path.open("a") as file:
-                    file.write(json.dumps(run) + "\n")
-                runs[depth, modulation, seed] = run
+                    file.write(json.dumps({"depth": depth, "seed": seed, "curve": runs[depth, seed]}) + "\n")
     print(markdown_table(table(runs, options.seeds)))
 
 
@@ -144,9 +140,9 @@ def fitted_seams(full: Qwen, tokenizer) -> Patched:
     return model
 
 
-def new_model(full: Qwen, seams: Patched, depth: int, modulation: str) -> Patched:
+def new_model(full: Qwen, seams: Patched, depth: int) -> Patched:
     """A patched model with these seams, a loop that is open, and a wider adapter of the looped layer."""
-    model = Patched(full, depth=depth, modulation=modulation)
+    model = Patched(full, depth=depth)
     model.seam_in.load_state_dict(seams.seam_in.state_dict())
     model.seam_out.load_state_dict(seams.seam_out.state_dict())
     nn.init.constant_(model.opening[1:], OPENING)
@@ -158,44 +154,38 @@ def new_model(full: Qwen, seams: Patched, depth: int, modulation: str) -> Patche
     return model.to(full.norm.weight.device)
 
 
-def train(model: Patched, lookups: Lookups, seed: int, options) -> dict:
-    """Train a model. Returns its number of trained parameters and {step: shares_right} at four steps."""
+def train(model: Patched, lookups: Lookups, seed: int, steps: int) -> dict:
+    """Train a model. Returns {step: shares_right} at four steps."""
     parameters = list(model.trained_parameters().values())
-    recipe = Namespace(lr=options.lr, steps=options.steps, warmup=20, norm_lr_scale=1.0)
+    recipe = Namespace(lr=6e-3, steps=steps, warmup=20, norm_lr_scale=1.0)
     optimizer = make_optimizer(model, recipe)
     curve = {}
-    for step in progress(range(options.steps), desc=f"depth {model.depth}, seed {seed}"):
+    for step in progress(range(steps), desc=f"depth {model.depth}, seed {seed}"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
-        generator = torch.Generator().manual_seed(1000 * step + seed)  # the same for all rows of a seed
+        generator = torch.Generator().manual_seed(1000 * step + seed)  # the same for both depths of a seed
         model.loss(*lookups.batch(SEQUENCES, generator)).backward()
         clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step + 1 == options.steps or (step + 1) % max(1, options.steps // 4) == 0:
-            curve[step + 1] = shares_right(model, lookups)
-    return {"parameters": sum(p.numel() for p in parameters), "curve": curve}
+        if step + 1 == steps or (step + 1) % max(1, steps // 4) == 0:
+            curve[str(step + 1)] = shares_right(model, lookups)
+    return curve
 
 
 # ---- The table -------------------------------------------------------------------------------------------
 
 
 def table(runs: dict, seeds: int) -> list[list[str]]:
-    """The cells: the shares after the last step of each run, and the paired difference to depth 1."""
-    cells = [["depth", "modulation", "one lookup", "two lookups, each seed", "mean", "minus depth 1"]]
-
-    def shares(depth, modulation, task):
-        return [list(runs[depth, modulation, seed]["curve"].values())[-1][task] for seed in range(seeds)]
-
-    reference = shares(*ROWS[0], "two lookups")
-    for depth, modulation in ROWS:
-        one = shares(depth, modulation, "one lookup")
-        two = shares(depth, modulation, "two lookups")
-        difference = estimate([share - other for share, other in zip(two, reference)])
-        row = [str(depth), modulation, estimate(one).percent()]
-        row += [", ".join(f"{share:.1%}" for share in two), estimate(two).percent()]
-        row.append("" if depth == 1 else difference.percent())
-        cells.append(row)
+    """The cells: for each step of the curves, the shares of right answers and the paired difference."""
+    cells = [["step", *(f"depth {depth}, two lookups, each seed" for depth in DEPTHS), "mean difference"]]
+    for step in runs[DEPTHS[0], 0]:
+        shares = []
+        for depth in DEPTHS:
+            shares.append([runs[depth, seed][step]["two lookups"] for seed in range(seeds)])
+        difference = estimate([second - first for first, second in zip(*shares)])
+        texts = [", ".join(f"{share:.1%}" for share in of_depth) for of_depth in shares]
+        cells.append([step, *texts, difference.percent()])
     return cells
 
 
