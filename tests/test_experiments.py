@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import TOKENIZER
 
-from experiments import benchmark, heads, runs, study, variants
+from experiments import benchmark, heads, lookups, runs, study, variants
 from experiments.study import Row
 from ouroboros import Ouroboros
 from qwen import Qwen, apply_projection, load_tokenizer, rotary_at
@@ -175,6 +175,25 @@ def test_the_scores_are_those_of_the_token_before_and_of_the_one_that_followed(p
     assert torch.allclose(scores["previous"][0], torch.stack(previous).mean((0, 1)))
     induction = [weights[:, :, i, i - 3] for i in range(4, 8)]  # i - 4 is the same token, i - 3 what followed
     assert torch.allclose(scores["induction"][0], torch.stack(induction).mean((0, 1)))
+
+
+# ---- lookups.py ------------------------------------------------------------------------------------------
+
+
+def test_the_lines_of_a_sequence_answer_its_queries_in_one_step_and_in_two():
+    task = lookups.Lookups(load_tokenizer("tiny"), "cpu")
+    ids, targets = task.batch(3, torch.Generator().manual_seed(0))
+    one_step, two_steps = task.marks.tolist()
+    for sequence, answers in zip(ids, targets):
+        lines, queries = sequence.split([4 * 3, 3 * 2])
+        follower = {a: b for a, b, _ in lines.view(4, 3).tolist()}
+        marks, asked = queries.view(3, 2).T.tolist()
+        assert sorted(marks) == sorted([one_step, two_steps, two_steps])
+        expected = []
+        for mark, a in zip(marks, asked):
+            expected.append(follower[a] if mark == one_step else follower[follower[a]])
+        assert answers[answers != -100].tolist() == expected
+        assert answers[13::2].tolist() == expected  # each is asked for at its a
 
 
 # ---- benchmark.py ----------------------------------------------------------------------------------------

@@ -1,0 +1,178 @@
+"""Does a loop pay where two steps are needed? python experiments/lookups.py [--steps N] [--seeds N]
+
+A model reads lines "a b" and "b c" in random order. Then it is asked for the b of an a, which takes one
+lookup, and for its c, which takes two. Source: the claim of arXiv 2604.02051 that one layer, looped, does the
+work of several. The patched model is trained on the answers alone, with one step of the loop and with more.
+Both depths of a seed see the same sequences. The whole takes an hour on one core.
+"""
+
+import sys
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from data import Batches, Tokens, open_text
+from ouroboros import TrainedLinear
+from patch import Patched, mend_seams
+from qwen import Qwen, load_tokenizer
+from support.fast import keep_freed_memory
+from support.files import run_program
+from support.machine import pick_device, pick_dtype, progress
+from support.options import number
+from support.report import estimate, markdown_table
+from train import learning_rate, make_optimizer
+
+SYMBOLS = 48  # words that the lines are made of
+CHAINS = 2  # of a -> b -> c in a sequence, so that a guess between the two c is right in half of the cases
+SEQUENCES = 32  # of a training step
+RANK = 16  # of the looped layer's adapter; that of the other layers is 2
+OPENING = 0.5  # o_t of the later steps at the start; at 0 the loop would be one step
+DEPTHS = (1, 4)
+
+
+def main(argv=None):
+    parser = ArgumentParser(description="Train two depths on lookups in one and two steps.", usage=SUPPRESS)
+    option = parser.add_argument
+    option("--steps", type=number(1, 10**6), default=2000, help="Optimizer steps of a run. [2000]")
+    option("--seeds", type=number(1, 1000), default=5, help="How many runs a depth has. [5]")
+    options = parser.parse_args(argv)
+    keep_freed_memory()
+    device = pick_device()
+    full = Qwen.from_pretrained("tiny", pick_dtype("auto", device), device)
+    tokenizer = load_tokenizer("tiny")
+    lookups = Lookups(tokenizer, device)
+    seams = fitted_seams(full, tokenizer)
+    runs = {}  # {(depth, seed): {step: shares_right}}
+    for seed in range(options.seeds):
+        for depth in DEPTHS:
+            torch.manual_seed(seed)
+            model = new_model(full, seams, depth)
+            runs[depth, seed] = train(model, lookups, seed, options.steps)
+        print(markdown_table(table(runs, seed + 1)), flush=True)  # of the seeds so far
+
+
+# ---- The task --------------------------------------------------------------------------------------------
+
+
+class Lookups:
+    """Makes sequences of lookups: (ids, targets), [size, T] each. A target is -100 but at a query."""
+
+    def __init__(self, tokenizer, device):
+        words = []
+        for token, i in tokenizer.get_vocab().items():
+            if token.startswith("Ġ") and token[1:].isalpha() and token[1:].isascii():  # Ġ is a space
+                words.append(i)
+        words = torch.tensor(sorted(words)[: SYMBOLS + 2])  # small numbers are common words
+        self.marks = words[:2]  # of a query in one step and of one in two
+        self.symbols = words[2:]
+        self.newline = tokenizer.encode("\n").ids[0]
+        self.device = device
+
+    def sequence(self, generator):
+        """(ids, targets) [T]: the lines, then a query in one step and one in two steps for each chain."""
+        n = CHAINS
+        order = torch.randperm(SYMBOLS, generator=generator)
+        a, b, c = self.symbols[order[: 3 * n]].split(n)  # [n] each
+        lines = torch.cat([torch.stack([a, b], dim=1), torch.stack([b, c], dim=1)])  # [2n, 2]
+        lines = lines[torch.randperm(2 * n, generator=generator)]
+        lines = F.pad(lines, (0, 1), value=self.newline).flatten()  # [6n]
+
+        # A query is a mark and an a. The chains are in random order, so that the first one is a random one.
+        marks = torch.cat([self.marks[:1], self.marks[1:].expand(n)])  # [n + 1]
+        queries = torch.stack([marks, torch.cat([a[:1], a])], dim=1)
+        answers = torch.cat([b[:1], c])
+        answers = torch.stack([torch.full_like(answers, -100), answers], dim=1)
+        order = torch.randperm(n + 1, generator=generator)
+        ids = torch.cat([lines, queries[order].flatten()])
+        targets = torch.cat([torch.full_like(lines, -100), answers[order].flatten()])
+        return ids, targets
+
+    def batch(self, size: int, generator):
+        """So many sequences: (ids, targets), [size, T] each."""
+        ids, targets = zip(*(self.sequence(generator) for _ in range(size)))
+        return torch.stack(ids).to(self.device), torch.stack(targets).to(self.device)
+
+
+@torch.no_grad()
+def shares_right(model, lookups: Lookups) -> dict[str, float]:
+    """The share of right first choices, on 256 sequences that are not trained on."""
+    ids, targets = lookups.batch(256, torch.Generator().manual_seed(10**9))  # training has smaller seeds
+    asked = targets != -100
+    right = model(ids).argmax(-1)[asked] == targets[asked]
+    marks = ids.roll(1, dims=1)[asked]  # the mark precedes the a
+    one, two = lookups.marks.tolist()
+    return {
+        "one lookup": right[marks == one].float().mean().item(),
+        "two lookups": right[marks == two].float().mean().item(),
+    }
+
+
+# ---- Training --------------------------------------------------------------------------------------------
+
+
+def fitted_seams(full: Qwen, tokenizer) -> Patched:
+    """A patched model whose seams are those of train.py --patch for the built-in text."""
+    text = Batches(Tokens(open_text("python"), "train", tokenizer), 256)
+    ids, _ = text.batch(0, text.at_most(48), full.norm.weight.device)
+    model = Patched(full)
+    mend_seams(model, full, ids)
+    return model
+
+
+def new_model(full: Qwen, seams: Patched, depth: int) -> Patched:
+    """A patched model with these seams, a loop that is open, and a wider adapter of the looped layer."""
+    model = Patched(full, depth=depth)
+    model.seam_in.load_state_dict(seams.seam_in.state_dict())
+    model.seam_out.load_state_dict(seams.seam_out.state_dict())
+    nn.init.constant_(model.opening[1:], OPENING)
+    adapter = model.recurrent_adapter
+    for k, projection in model.recurrent.projections().items():
+        adapter.A[k] = TrainedLinear(projection.in_features, RANK, bias=False)
+        adapter.B[k] = TrainedLinear(RANK, projection.out_features, bias=False)
+        nn.init.zeros_(adapter.B[k].weight)
+    return model.to(full.norm.weight.device)
+
+
+def train(model: Patched, lookups: Lookups, seed: int, steps: int) -> dict:
+    """Train a model. Returns {step: shares_right} at four steps."""
+    parameters = list(model.trained_parameters().values())
+    recipe = Namespace(lr=6e-3, steps=steps, warmup=20, norm_lr_scale=1.0)
+    optimizer = make_optimizer(model, recipe)
+    curve = {}
+    for step in progress(range(steps), desc=f"depth {model.depth}, seed {seed}"):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        generator = torch.Generator().manual_seed(1000 * step + seed)  # the same for both depths of a seed
+        model.loss(*lookups.batch(SEQUENCES, generator)).backward()
+        clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 == steps or (step + 1) % max(1, steps // 4) == 0:
+            curve[step + 1] = shares_right(model, lookups)
+    return curve
+
+
+# ---- The table -------------------------------------------------------------------------------------------
+
+
+def table(runs: dict, seeds: int) -> list[list[str]]:
+    """The cells: for each step of the curves, the shares of right answers and the paired difference."""
+    cells = [["step", *(f"depth {depth}, two lookups, each seed" for depth in DEPTHS), "mean difference"]]
+    for step in runs[DEPTHS[0], 0]:
+        shares = []
+        for depth in DEPTHS:
+            shares.append([runs[depth, seed][step]["two lookups"] for seed in range(seeds)])
+        difference = estimate([second - first for first, second in zip(*shares)])
+        texts = [", ".join(f"{share:.1%}" for share in of_depth) for of_depth in shares]
+        cells.append([str(step), *texts, difference.percent()])
+    return cells
+
+
+if __name__ == "__main__":
+    run_program(main)
