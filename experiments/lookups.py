@@ -48,7 +48,7 @@ def main(argv=None):
     tokenizer = load_tokenizer("tiny")
     lookups = Lookups(tokenizer, device)
     seams = fitted_seams(full, tokenizer)
-    runs = {}  # {(depth, seed): {step: shares_right}}
+    runs = {}  # {(depth, seed): {step: share_right}}
     for seed in range(options.seeds):
         for depth in DEPTHS:
             torch.manual_seed(seed)
@@ -61,7 +61,7 @@ def main(argv=None):
 
 
 class Lookups:
-    """Makes sequences of lookups: (ids, targets), [size, T] each. A target is -100 but at a query."""
+    """Makes sequences of lookups: (ids, targets), [size, T] each. A target is -100 outside queries."""
 
     def __init__(self, tokenizer, device):
         words = []
@@ -100,17 +100,12 @@ class Lookups:
 
 
 @torch.no_grad()
-def shares_right(model, lookups: Lookups) -> dict[str, float]:
-    """The share of right first choices, on 256 sequences that are not trained on."""
+def share_right(model, lookups: Lookups) -> float:
+    """The share of right first choices in two lookups, on 256 sequences that are not trained on."""
     ids, targets = lookups.batch(256, torch.Generator().manual_seed(10**9))  # training has smaller seeds
-    asked = targets != -100
+    asked = ids.roll(1, dims=1) == lookups.marks[1].item()  # the mark precedes the a
     right = model(ids).argmax(-1)[asked] == targets[asked]
-    marks = ids.roll(1, dims=1)[asked]  # the mark precedes the a
-    one, two = lookups.marks.tolist()
-    return {
-        "one lookup": right[marks == one].float().mean().item(),
-        "two lookups": right[marks == two].float().mean().item(),
-    }
+    return right.float().mean().item()
 
 
 # ---- Training --------------------------------------------------------------------------------------------
@@ -140,7 +135,7 @@ def new_model(full: Qwen, seams: Patched, depth: int) -> Patched:
 
 
 def train(model: Patched, lookups: Lookups, seed: int, steps: int) -> dict:
-    """Train a model. Returns {step: shares_right} at four steps."""
+    """Train a model. Returns {step: share_right} at four steps."""
     parameters = list(model.trained_parameters().values())
     recipe = Namespace(lr=6e-3, steps=steps, warmup=20, norm_lr_scale=1.0)
     optimizer = make_optimizer(model, recipe)
@@ -154,7 +149,7 @@ def train(model: Patched, lookups: Lookups, seed: int, steps: int) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         if step + 1 == steps or (step + 1) % max(1, steps // 4) == 0:
-            curve[step + 1] = shares_right(model, lookups)
+            curve[step + 1] = share_right(model, lookups)
     return curve
 
 
@@ -167,7 +162,7 @@ def table(runs: dict, seeds: int) -> list[list[str]]:
     for step in runs[DEPTHS[0], 0]:
         shares = []
         for depth in DEPTHS:
-            shares.append([runs[depth, seed][step]["two lookups"] for seed in range(seeds)])
+            shares.append([runs[depth, seed][step] for seed in range(seeds)])
         difference = estimate([second - first for first, second in zip(*shares)])
         texts = [", ".join(f"{share:.1%}" for share in of_depth) for of_depth in shares]
         cells.append([str(step), *texts, difference.percent()])

@@ -139,6 +139,7 @@ def test_model_and_device_choose_a_column_and_patch_has_values_of_its_own(
     pretend(monkeypatch, device)
     plain = vars(parse_options(argv)[0])
     assert plain["model"] == model
+    assert plain["data"] == ("fineweb-edu" if device == "cuda" else "python")
     assert {name: values[column] for name, values in DEFAULTS.items()}.items() <= plain.items()
     own = PATCH | dict(patch=True, distill=0.5, lr=3 * plain["lr"], steps=plain["steps"] // 2)
     assert vars(parse_options([*argv, "--patch"])[0]) == plain | own
