@@ -16,7 +16,6 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from statistics import median
 
 from support.files import (
     CHECKPOINT,
@@ -100,8 +99,6 @@ class Run:
                 options.threads = None  # a new run tries it again
         self.signals = StopSignals()
         self.reader_is_gone = False
-        self.speeds = []  # tokens per second of the steps so far
-        self.said_slow = False
         self.lock = None
         self.bar = None
 
@@ -204,7 +201,6 @@ class Run:
             if not self.goes_on:
                 self.save(model, optimizer, step)
             rows = [row for row in rows if row["step"] <= step]
-            self.speeds = [row["tokens_per_s"] for row in rows]
             write_text(self.folder / LOG, "".join(json.dumps(row) + "\n" for row in rows))
         steps = self.options.steps
         self.bar = progress(initial=step, total=steps, unit="step", leave=True, delay=0, unit_scale=False)
@@ -267,13 +263,6 @@ class Run:
             file.write(line)
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,} tokens/s", refresh=False)
         self.bar.update()
-        self.speeds.append(row["tokens_per_s"])
-        if not self.said_slow and is_slow(self.speeds):
-            self.said_slow = True
-            self.say(
-                "warning: steps take three times as long as before; end what else uses this machine, or stop "
-                "and go on with --resume RUN/step-N, a new run, which tries its number of threads again"
-            )
 
     @property
     def wish_to_stop(self) -> bool:
@@ -294,12 +283,6 @@ class Run:
             stream = sys.stderr if self.reader_is_gone else sys.stdout
             print(f"stopped, and saved. To continue: python train.py --resume {place}", file=stream)
         return 128 + (self.signals.received or signal.SIGTERM)
-
-
-def is_slow(speeds: list[float]) -> bool:
-    """Whether each of the last five steps had less than a third of the median speed of at least 20 before."""
-    earlier, latest = speeds[:-5], speeds[-5:]
-    return len(earlier) >= 20 and 3 * max(latest) < median(earlier)
 
 
 # ---- The optimizer ---------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import evaluate
 import sample
 import train
 from support.files import UserError
-from support.machine import Workers, process_number, progress
+from support.machine import Workers, process_number
 from support.options import parse_options
 from support.run import Run, checkpoints_of, read_log
 
@@ -227,16 +227,6 @@ def test_rows_after_the_checkpoint_are_logged_once(end, killed, whole):
         log.write(end)
     resume(killed)
     assert_same_end(killed, whole)
-
-
-def test_a_run_that_falls_to_a_third_of_its_own_speed_says_so_once(tmp_path, capsys):
-    options, _ = parse_options(["--out", str(tmp_path / "run")])
-    with Run(options, Workers(options)) as run:
-        run.bar = progress()
-        for speeds, count in (([5] + 30 * [100] + [1] + 9 * [100] + 4 * [30], 0), (9 * [30], 1)):
-            for speed in speeds:  # a compiler, a machine that sleeps and a short load are no slow run
-                run.log({"step": 1, "loss": 1.0, "tokens_per_s": speed})
-            assert capsys.readouterr().out.count("warning: steps take three times as long") == count
 
 
 def test_a_damaged_log_is_named_and_without_one_a_run_logs_the_steps_it_makes(killed, capsys):
