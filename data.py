@@ -193,7 +193,7 @@ def with_repeat(window: np.ndarray, vocab_size: int, generator) -> tuple[np.ndar
     in five it is the beginning of the window, which is read twice before the text goes on. Otherwise the
     passage is random tokens, repeated to the end, which only copying can predict, after the first reading.
     """
-    longest = min(128, len(window) // 2)
+    longest = min(128, (len(window) - 1) // 2)  # so that some targets count
     size = generator.integers(max(1, longest // 10), longest + 1)
     if generator.random() < 0.8:
         return np.concatenate([window[:size], window])[: len(window)], 0
@@ -227,7 +227,7 @@ class TextFiles:
         if not self.files or not is_text(Path(self.files[0].name)):
             raise UserError(f"{path}: holds no text; give a {', '.join(SUFFIXES)}, or a folder of them")
         named = [file for file in self.files if HELD_OUT_NAMES.search(str(file.relative_to(path)).lower())]
-        self.held_out_files = named if len(named) < len(self.files) else []
+        self.held_out_files = set(named) if len(named) < len(self.files) else set()
 
     def chunks(self, split: str) -> Iterator[list[str]]:
         """Lists of documents, each list of about CHUNK_CHARACTERS."""
@@ -308,7 +308,7 @@ def join_documents(pieces: Iterator[tuple[str, bool]]) -> Iterator[str]:
 
 
 def grouped(texts, size: int) -> Iterator[list[str]]:
-    """Lists of neighbouring texts, of about `size` characters together."""
+    """Lists of neighbouring texts, of about `size` characters together; one empty list if there are none."""
     group = []
     characters = 0
     for text in texts:

@@ -84,8 +84,9 @@ def chosen(model, questions, **loop) -> list[float]:
 
 
 def continuation_questions(starts: list[list[int]]):
-    """Two thirds of a start; the last third, and those of the next three starts. After the last is the first.
+    """The first two thirds of a start are the prompt, and its last third is the right answer.
 
+    The wrong answers are the last thirds of the next three starts; after the last start comes the first.
     starts: the first tokens of sequences, equally many of each. With fewer than four there is no question.
     """
     questions = []
@@ -134,15 +135,15 @@ class Evaluation:
         self.sequences = sequences
 
     @classmethod
-    def of_run(cls, training: Tokens, held_out: Tokens, options) -> "Evaluation":
+    def of_run(cls, training_text: Tokens, held_out_text: Tokens, options) -> "Evaluation":
         """That of a run of train.py, on both splits of its text."""
         columns = {
-            "train": Batches(training, options.seq_len),
-            "held-out": Batches(held_out, options.seq_len),
+            "train": Batches(training_text, options.seq_len),
+            "held-out": Batches(held_out_text, options.seq_len),
         }
         if options.target_offset == 2:  # the published task, beside the one that counts
-            columns["train, t+2"] = Batches(training, options.seq_len, offset=2)
-            columns["held-out, t+2"] = Batches(held_out, options.seq_len, offset=2)
+            columns["train, t+2"] = Batches(training_text, options.seq_len, offset=2)
+            columns["held-out, t+2"] = Batches(held_out_text, options.seq_len, offset=2)
         return cls(columns, columns["held-out"], options.eval_sequences)
 
     def held_out_loss(self, model, sequences: int | None = None) -> float:
@@ -284,11 +285,12 @@ def main(argv=None):
 
     text = open_text(arguments.data or options.data)
     if arguments.data is None:
-        training = Tokens(text, "train", tokenizer)
-        evaluation = Evaluation.of_run(training, Tokens(text, "held-out", tokenizer), options)
+        training_text = Tokens(text, "train", tokenizer)
+        evaluation = Evaluation.of_run(training_text, Tokens(text, "held-out", tokenizer), options)
     else:
         batches = Batches(Tokens(text, "all", tokenizer), options.seq_len)
-        evaluation = Evaluation({Path(arguments.data).name: batches}, batches, options.eval_sequences)
+        name = Path(arguments.data).resolve().name
+        evaluation = Evaluation({name: batches}, batches, options.eval_sequences)
     if arguments.sequences is not None:
         evaluation.sequences = arguments.sequences
     models = {"full": (full, {}), "cut": (cut, {}), "ouroboros": (model, {"depth": arguments.depth})}

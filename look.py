@@ -71,7 +71,6 @@ def look_inside(model: Ouroboros, tokenizer, prompt: str, depth: int | None = No
             "opening": rounded(opening.mean(-1)),  # [T], the mean over the channels
             "movement": rounded(movement),  # [T], |h after the step - h before it| / |h before it|
             "sizes": rounded(root_mean_square(m)),  # [T][n], of the diagonals
-            "updates": rounded(updates_of(model, outputs, m)),  # [T][n]
         }
         steps.append(step)
         diagonals.append(m)
@@ -84,14 +83,14 @@ def look_inside(model: Ouroboros, tokenizer, prompt: str, depth: int | None = No
 
 @contextmanager
 def recorded_outputs(model: Ouroboros):
-    """A dictionary that fills with {module: its output} while the block runs, for the parts of a step."""
+    """A dictionary that fills with {module: its output} while the block runs: the Controller and the gate."""
     outputs = {}
 
     def keep(module, inputs, output):
         outputs[module] = output
 
-    modules = [model.controller, model.gate, *model.recurrent.projections().values(), *model.lora.values()]
-    hooks = [module.register_forward_hook(keep) for module in modules if module is not None]
+    modules = [module for module in (model.controller, model.gate) if module is not None]
+    hooks = [module.register_forward_hook(keep) for module in modules]
     try:
         yield outputs
     finally:
@@ -134,16 +133,6 @@ def diagonals_of(model: Ouroboros, h, outputs: dict):
     # a static table gives [r], and the mean of a sequence [1, 1, r], for all tokens
     of_projections = [m[k].expand(1, h.shape[1], -1) for k in PROJECTIONS]
     return last_tokens(torch.stack(of_projections, dim=2))
-
-
-def updates_of(model: Ouroboros, outputs: dict, m):
-    """|update of projection k| / |projection k of its input|, [T, n]. m: the diagonals of the step."""
-    updates = torch.zeros(m.shape[:2])
-    for i, k in enumerate(model.lora):
-        update = last_tokens(outputs[model.lora[k]])  # (alpha/r) B_k diag(m_k) A_k x
-        unmodulated = last_tokens(outputs[model.recurrent.projections()[k]])  # W_k x + b_k
-        updates[:, i] = update.norm(dim=-1) / unmodulated.norm(dim=-1)
-    return updates
 
 
 def root_mean_square(x):

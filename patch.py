@@ -22,7 +22,6 @@ from torch import nn
 from ouroboros import Ouroboros, TrainedLinear, default_cut
 from qwen import Qwen, rotary_at
 from support.fast import head_cross_entropy
-from support.files import UserError
 
 ADAPTER_RANK = 2
 
@@ -155,10 +154,7 @@ def mend_seams(model: Patched, full: Qwen, ids, batch_size=8):
     ids [N, T]: sequences of training text, read batch_size at a time. P_in is fitted first, to the state
     before the full model's recurrent layer. P_out is then fitted to the state before the coda, given P_in.
     A new model's loop is the recurrent layer once, whatever its depth, because o_t = 0 for later steps.
-    Raises UserError for a text without four tokens.
     """
-    if ids[:, 1:].numel() < 4:
-        raise UserError("the text is too short to fit the seams; give more text")
     first_of_coda = len(full.layers) - len(model.coda)
     # three passes of the full model, because one that keeps three states would be longer
     h = state_before(full, ids, len(model.prelude), batch_size)

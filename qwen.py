@@ -23,7 +23,7 @@ from support.pretrained import read_config_numbers, read_weights
 
 # The names of the seven projections of a layer, as in a Hub checkpoint.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float64)  # those that hold any bfloat16 weight exactly
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ class LanguageModel(nn.Module):
     """What the plain and the looped model share: hidden states become logits, a loss or text.
 
     A subclass has config, embed_tokens, lm_head (None where the head is tied to the embedding), and the
-    methods hidden(ids, cache) and new_cache(). loop: depth=N, for the looped model alone; forward passes on
-    cache too.
+    methods hidden(ids, cache) and new_cache(). loop goes to hidden: depth=N for the looped model alone, and
+    in forward also a cache.
     """
 
     @property

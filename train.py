@@ -5,6 +5,7 @@ Without one: the built-in tiny model on the Python source code of this machine, 
 a run leaves behind is in its folder, runs/NAME.
 """
 
+import copy
 import math
 import time
 from functools import partial
@@ -62,6 +63,8 @@ def main(argv=None, new_model=None, **values) -> int:
             options.threads = options.threads or faster_threads(partial(evaluation.held_out_loss, full, 1))
             torch.set_num_threads(options.threads)
         model = new_model(full, options)
+        if any(p.requires_grad for p in full.parameters()):
+            full = copy.deepcopy(full)  # a variant trains layers that both share
         if checkpoint is None:
             fit_to_text(model, full, training, options)
         run.say(parameter_table(model))
@@ -93,16 +96,22 @@ def main(argv=None, new_model=None, **values) -> int:
 
             # ---- Forward and backward, on this process's share of the step's sequences
             loss = torch.zeros((), device=device)
+            counted = torch.zeros((), device=device)
             first, end = workers.share(step)
             for ids, targets in training.batches(first, end, options.batch_size, device):  # [B, T] each
-                counted = (targets != -100).sum()  # the loss is a mean over these
-                part = loss_of(ids, targets) * (counted / (workers.sequences * options.seq_len))
+                # the share of the step's targets over which loss_of is a mean
+                share = (targets != -100).sum() / (workers.sequences * options.seq_len)
+                part = loss_of(ids, targets) * share
                 part.backward()
                 loss += part.detach()
-            loss, stop = workers.sum(parameters, loss, run.wish_to_stop)  # and the gradients
+                counted += share
+            stop = torch.full_like(loss, run.wish_to_stop)
+            numbers = torch.stack([loss, counted, stop])
+            workers.sum([*(p.grad for p in parameters), numbers])
             grad_norm = clip_grad_norm_(parameters, 1.0)
             # the only place in a step where the program waits for the device
-            loss, grad_norm, stop = torch.stack([loss, grad_norm, stop]).tolist()
+            loss, counted, stop, grad_norm = torch.stack([*numbers, grad_norm]).tolist()
+            loss /= counted
             if not math.isfinite(loss + grad_norm):
                 raise run.diverged(step + 1)
 

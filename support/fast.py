@@ -72,9 +72,9 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, head, targets, full_h, a: float):
         size = HEAD_CHUNK.get(h.device.type, 256)
-        counts = targets != -100
+        counted = targets != -100
         loss = promote(h.new_zeros(()))
-        share = counts.to(loss.dtype) / counts.sum()  # of each position in the mean
+        share = counted.to(loss.dtype) / counted.sum()  # of each position in the mean
         grad = torch.empty_like(h)
 
         for start in range(0, len(h), size):

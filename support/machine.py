@@ -174,21 +174,17 @@ class Workers:
         end = self.sequences * (self.number + 1) // self.count
         return step * self.sequences + first, step * self.sequences + end
 
-    def sum(self, parameters, loss, stop: bool):
-        """(loss, stop), summed over all processes, as scalar tensors; the gradients are summed in place.
+    def sum(self, tensors):
+        """Replace each tensor by its sum over all processes, in place.
 
         One all_reduce of one flat vector. The program does not wait for the device here. Raises UserError if
         another process has ended.
         """
-        numbers = torch.stack([loss, loss.new_full((), stop)])
         if self.connected:
-            tensors = [p.grad for p in parameters]
-            tensors.append(numbers)
             vector = parameters_to_vector(tensors)
             with lost_connection_explained():
                 dist.all_reduce(vector)
             vector_to_parameters(vector, tensors)
-        return numbers.unbind()
 
     def broadcast(self, tensors):
         """Give all processes the tensors of the first one, bit for bit, in place."""

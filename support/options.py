@@ -12,7 +12,7 @@ from support.run import read_run
 # What a kind of machine and model takes. The last column is the paper's recipe, at 1,000 of its 18,750 steps.
 DEFAULTS = {
     #                  tiny     another model on a CPU    CUDA
-    "steps": (1000, 60, 1000),
+    "steps": (600, 60, 1000),
     "seq_len": (256, 256, 2048),
     "batch_size": (4, 4, 2),
     "accumulation": (1, 1, 16),

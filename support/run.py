@@ -299,11 +299,14 @@ def optimizer_tensors(optimizer, parameters: dict) -> dict:
 
 def restore_optimizer(optimizer, parameters: dict, tensors: dict):
     """Put the state that optimizer_tensors returned back. The checkpoint of step 0 has none."""
+    state_of = {}  # {name: its state}
+    for key_and_name, tensor in tensors.items():
+        key, slash, name = key_and_name.partition("/")
+        if slash:
+            state_of.setdefault(name, {})[key] = tensor
     names = {p: name for name, p in parameters.items()}
-    state = {}
+    state = {}  # {number of a parameter: its state}, as the optimizer counts them
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        for key_and_name, tensor in tensors.items():
-            key, _, name = key_and_name.partition("/")
-            if name and name == names.get(p):
-                state.setdefault(i, {})[key] = tensor
+        if names.get(p) in state_of:
+            state[i] = state_of[names[p]]
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -62,15 +62,12 @@ def test_a_step_predicts_what_the_model_predicts_whose_loop_ends_there(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_opening_movement_diagonals_and_updates_are_those_of_the_equations(kind):
+def test_opening_movement_and_diagonals_are_those_of_the_equations(kind):
     model_class, settings = KINDS[kind]
     model = looped_model(model_class, **settings)
     values, diagonals = look.look_inside(model, TOKENIZER, PROMPT)
     rotary = rotary_at(CONFIG, 0, T, "cpu")
     h = model.run_prelude(model.embed_tokens(IDS), rotary, LoopCache([None, None], [], []))
-    inputs = {}  # of the projections, [1, T, in] each
-    for k, projection in model.recurrent.projections().items():
-        projection.register_forward_pre_hook(lambda _, arguments, k=k: inputs.update({k: arguments[0]}))
     for t, step in enumerate(values["steps"]):
         m = model.diagonals(h, t) or {}
         h_new = model.recurrent(h, rotary, None, model.modulated_by(m or None))
@@ -90,12 +87,6 @@ def test_opening_movement_diagonals_and_updates_are_those_of_the_equations(kind)
         assert_close(step["sizes"], diagonals[:, t].square().mean(-1).sqrt())
         for i, k in enumerate(m):
             assert torch.allclose(diagonals[:, t, i], m[k].expand(1, T, 4)[0], atol=1e-5)
-            W, b = model.recurrent.projections()[k].weight, model.recurrent.projections()[k].bias
-            b = 0 if b is None else b
-            for n, x in enumerate(inputs[k][0]):
-                M = torch.diag(diagonals[n, t, i])
-                update = 16 / 4 * model.lora[k].B @ M @ model.lora[k].A @ x  # alpha / r
-                assert_close(step["updates"][n][i], update.norm() / (W @ x + b).norm())
 
 
 # ---- The command -----------------------------------------------------------------------------------------

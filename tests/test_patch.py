@@ -134,12 +134,6 @@ def test_mended_seams_bring_a_model_closer_to_the_full_one_on_other_text():
     assert relative(model(unseen), full(unseen)) < 0.9 * relative(model.cut(unseen), full(unseen))
 
 
-@pytest.mark.parametrize("B, T", [(40, 1), (1, 4)])
-def test_a_text_that_is_too_short_for_the_seams_is_one_line(B, T):
-    with pytest.raises(UserError, match="too short to fit the seams"):
-        patch.mend_seams(small_patched(randomise=False), small_qwen(), tokens(B, T), batch_size=8)
-
-
 # ---- Files ------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import evaluate
 import train
 from data import Batches, Tokens, open_text
 from ouroboros import Ouroboros
+from patch import distillation_loss
 from qwen import Qwen, load_tokenizer
 from support.files import UserError, read_checkpoint
 from support.options import DEFAULTS, PAPER_MODEL, PATCH, SMALL_MODEL, parse_options
@@ -327,6 +328,27 @@ def test_layers_of_the_base_that_are_trained_are_saved_evaluated_and_resumed(tra
     assert_evaluate_says(table, capsys.readouterr().out)  # also of the full and the cut model
     assert_resumes_bit_for_bit(run, unfreezing)
     assert table_of(capsys.readouterr().out) == table
+
+
+def test_the_full_model_teaches_as_it_was_while_layers_that_it_shares_are_trained(trained, monkeypatch):
+    teachers = []
+
+    def loss(model, full, *arguments):
+        teachers.append(full.norm.weight.clone())
+        return distillation_loss(model, full, *arguments)
+
+    monkeypatch.setattr(train, "distillation_loss", loss)
+    trained("run", "--patch", new_model=unfreezing)
+    assert len(teachers) == 4
+    assert all(torch.equal(weight, teachers[0]) for weight in teachers)
+
+
+def test_the_logged_loss_is_a_mean_over_the_targets_that_count(trained, monkeypatch):
+    def three(model, full, weight, ids, targets):
+        return 3 + 0 * model.loss(ids, targets)
+
+    monkeypatch.setattr(train, "distillation_loss", three)
+    assert losses(trained("run", "--patch", repeats=1.0)) == pytest.approx([3.0] * 4)
 
 
 def sgd(model, options):
