@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from support.files import UserError, check_number, full_name
-from support.machine import gpu_memory, multiplies_bfloat16, pick_device, process_number
+from support.machine import gpu_memory, multiplies_bfloat16, pick_device, pick_dtype, process_number
 from support.run import read_run
 
 # ---- Defaults --------------------------------------------------------------------------------------------
@@ -243,8 +243,8 @@ def parse_options(argv: list[str] | None = None, **values):
             options[name] = value
         options.setdefault(name, None)
     if options["dtype"] == "auto":  # a run keeps its type wherever it goes on
-        bfloat16 = multiplies_bfloat16(pick_device(options["device"]))
-        options["dtype"] = "bfloat16" if bfloat16 else "float32"
+        dtype = pick_dtype("auto", pick_device(options["device"]))
+        options["dtype"] = str(dtype).removeprefix("torch.")
     check_together(options, checkpoint)
     return argparse.Namespace(**options), checkpoint
 
