@@ -107,7 +107,7 @@ def main(argv=None, new_model=None, **values) -> int:
                 counted += share
             stop = torch.full_like(loss, run.wish_to_stop)
             numbers = torch.stack([loss, counted, stop])
-            workers.sum([*(p.grad for p in parameters), numbers])
+            workers.sum([*(p.grad for p in parameters), numbers])  # over the processes of torchrun
             grad_norm = clip_grad_norm_(parameters, 1.0)
             # the only place in a step where the program waits for the device
             loss, counted, stop, grad_norm = torch.stack([*numbers, grad_norm]).tolist()
