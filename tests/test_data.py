@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -164,14 +163,6 @@ def test_what_looks_like_a_special_token_in_a_text_is_text(tmp_path):
 def text(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CHUNK_CHARACTERS", 2_000)
     return open_text(str(write_text(tmp_path / "text.txt")))
-
-
-def test_a_text_says_that_it_is_listed_and_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "progress", partial(data.progress, delay=0))  # as if it took a second
-    monkeypatch.setenv("COLUMNS", "500")
-    Tokens(open_text(str(write_text(tmp_path / "text.txt").parent)), "all", TOKENIZER).chunk(0)
-    printed = capsys.readouterr().err
-    assert f"listing {tmp_path}" in printed and f"reading the all text of {tmp_path}" in printed
 
 
 def test_an_unknown_split_and_a_tokenizer_without_an_end_of_text_token_are_refused(text):

