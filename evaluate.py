@@ -17,7 +17,7 @@ from ouroboros import Ouroboros
 from patch import Patched
 from qwen import Qwen, load_tokenizer
 from support.fast import eager, keep_freed_memory
-from support.files import UserError, run_program
+from support.files import UserError, full_name, run_program
 from support.machine import pick_device, pick_dtype, progress
 from support.options import number
 from support.report import print_table, table_rows
@@ -289,7 +289,7 @@ def main(argv=None):
         evaluation = Evaluation.of_run(training_text, Tokens(text, "held-out", tokenizer), options)
     else:
         batches = Batches(Tokens(text, "all", tokenizer), options.seq_len)
-        name = Path(arguments.data).resolve().name
+        name = Path(full_name(arguments.data)).name
         evaluation = Evaluation({name: batches}, batches, options.eval_sequences)
     if arguments.sequences is not None:
         evaluation.sequences = arguments.sequences

@@ -73,7 +73,7 @@ def main(argv=None, new_model=None, **values) -> int:
         texts = {"full": evaluation.continue_text(full), "cut": evaluation.continue_text(cut)}
 
         optimizer = make_optimizer(model, options)
-        # after the losses of the full model, with which a variant may train shared layers
+        # after the losses of the cut model, whose layers a variant may train
         first_step = run.restore(model, optimizer)
         workers.broadcast(model.saved_tensors().values())  # other hardware rounds the bases another way
         parameters = model.trained_parameters().values()
@@ -96,10 +96,10 @@ def main(argv=None, new_model=None, **values) -> int:
 
             # ---- Forward and backward, on this process's share of the step's sequences
             loss = torch.zeros((), device=device)
-            counted = torch.zeros((), device=device)
+            counted = torch.zeros((), device=device)  # the share of the step's targets that count
             first, end = workers.share(step)
             for ids, targets in training.batches(first, end, options.batch_size, device):  # [B, T] each
-                # the share of the step's targets over which loss_of is a mean
+                # of which loss_of is a mean over this share
                 share = (targets != -100).sum() / (workers.sequences * options.seq_len)
                 part = loss_of(ids, targets) * share
                 part.backward()

@@ -117,9 +117,11 @@ def test_the_command_prints_what_the_page_holds(run, capsys):
 
     tables = re.findall(r"^step  would say.*\n(?: +\d .*\n)+", printed, re.MULTILINE)
     assert len(tables) == 2  # two tokens
-    assert tables[1].splitlines()[0].split()[-7:] == data["projections"] == look.NAMES
+    header, *rows = tables[1].splitlines()
+    assert header.split()[-7:] == data["projections"] == look.NAMES
+    assert len(rows) == 3
     step = data["steps"][2]
-    last_row = tables[1].splitlines()[-1].split()
+    last_row = rows[-1].split()
     assert last_row[-10:-7] == ["-", f"{step['opening'][-1]:.2f}", f"{step['movement'][-1]:.2f}"]
     assert last_row[-7:] == [f"{size:.2f}" for size in step["sizes"][-1]]
     assert "".join(data["tokens"]) == f"{PROMPT}\\n?"
