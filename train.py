@@ -99,7 +99,7 @@ def main(argv=None, new_model=None, **values) -> int:
             counted = torch.zeros((), device=device)  # the share of the step's targets that count
             first, end = workers.share(step)
             for ids, targets in training.batches(first, end, options.batch_size, device):  # [B, T] each
-                # of which loss_of is a mean over this share
+                # loss_of is the mean over the targets that count; this is their share of the step
                 share = (targets != -100).sum() / (workers.sequences * options.seq_len)
                 part = loss_of(ids, targets) * share
                 part.backward()
